@@ -1,0 +1,37 @@
+"""ddim_jax: Denoising Diffusion Implicit Models (Song, Meng & Ermon, ICLR 2021) in JAX."""
+
+from ddim_jax._types import Denoiser
+from ddim_jax.objective import loss
+from ddim_jax.process import (
+    Coefficients,
+    clip_x0,
+    coefficients,
+    ddim_sigma,
+    ddim_step,
+    dynamic_threshold,
+    forward_marginal,
+    from_x0_eps,
+    posterior,
+    sigma_hat,
+    step,
+    to_x0_eps,
+)
+from ddim_jax.sampling import (
+    Trajectory,
+    initial_noise,
+    make_sampler,
+    sample,
+    trajectory,
+)
+from ddim_jax.schedule import (
+    Schedule,
+    cosine_schedule,
+    linear_schedule,
+    rescale_zero_terminal_snr,
+    scaled_linear_schedule,
+    schedule_from_alpha_bar,
+    schedule_from_betas,
+)
+from ddim_jax.timesteps import as_timesteps, timesteps
+
+__version__ = "0.1.0"

@@ -1,0 +1,503 @@
+"""The equations of DDIM: forward marginal, the family q_σ, σ(η), and one step t → s.
+
+Every function is a pure function of arrays. `t` and `s` count 0..T as in the paper, `s < t`, and
+need not be neighbours. Where all of `schedule`, `t`, `s` and η are concrete, they are checked and
+the coefficients are computed in float64 on the host; under a trace they cannot be checked, and are
+computed from log ᾱ in the trace's own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax._types import Array, ArrayLike, is_concrete, per_image
+from ddim_jax.schedule import Schedule
+
+PREDICTIONS = ("eps", "x_0", "v")
+
+
+class Coefficients(NamedTuple):
+    """What one step t → s needs of the schedule and of σ; scalars, (B,), or (S,) for a scan."""
+
+    sqrt_alpha_bar_t: ArrayLike  # √ᾱ_t
+    sqrt_one_minus_alpha_bar_t: ArrayLike  # √(1 − ᾱ_t)
+    sqrt_alpha_bar_s: ArrayLike  # √ᾱ_s
+    direction: ArrayLike  # √(1 − ᾱ_s − σ²), what multiplies ε in Eq. 12
+    sigma: ArrayLike  # what multiplies the noise z: σ, or σ̂
+
+
+def forward_marginal(schedule: Schedule, x_0: Array, t: ArrayLike, noise: Array) -> Array:
+    """Draw x_t from q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) (DDIM Eq. 4).
+
+    x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) z
+
+    Args:
+      schedule: the noise schedule.
+      x_0: (B, ...) data, floating.
+      t: int scalar or (B,) in 0..T.
+      noise: z ~ N(0, I), shape of x_0.
+
+    Returns:
+      x_t, shape and dtype of x_0.
+
+    Raises:
+      TypeError: x_0 is not floating, or t is not integer.
+      ValueError: t is out of range, or shapes do not agree.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36])
+      >>> ddim.forward_marginal(schedule, jnp.ones((1, 2)), 2, jnp.ones((1, 2))).tolist()
+      [[1.4..., 1.4...]]
+    """
+    _check_arrays(x_0, noise=noise)
+    a, b = _signal_and_noise(_log_alpha_bar(schedule, t, 0, "t"))
+    _check_batch(x_0, t=t)
+    return per_image(a, x_0) * x_0 + per_image(b, x_0) * noise
+
+
+def ddim_sigma(schedule: Schedule, t: ArrayLike, s: ArrayLike, eta: ArrayLike = 1.0) -> ArrayLike:
+    """σ(η), the paper's one-parameter choice of noise (DDIM Eq. 16).
+
+    σ(η) = η √((1 − ᾱ_s)/(1 − ᾱ_t)) √(1 − ᾱ_t/ᾱ_s); η = 0 is DDIM, η = 1 is DDPM.
+
+    Args:
+      schedule: the noise schedule.
+      t: int scalar or array in 1..T.
+      s: int scalar or array in 0..t − 1.
+      eta: η ≥ 0, scalar or array.
+
+    Returns:
+      σ, float64 on the host where everything is concrete.
+
+    Raises:
+      ValueError: t, s or η is out of range.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> f"{ddim.ddim_sigma(ddim.linear_schedule(1000), 421, 401) ** 2:.4f}"
+      '0.1477'
+    """
+    log_t, log_s = _pair(schedule, t, s)
+    return _eta_sigma(log_t, log_s, eta)
+
+
+def sigma_hat(schedule: Schedule, t: ArrayLike, s: ArrayLike) -> ArrayLike:
+    """σ̂ = √(1 − ᾱ_t/ᾱ_s), the larger noise of Ho et al.'s DDPM (DDIM §5 and App. D.3).
+
+    The direction term keeps σ(1); only the noise is scaled by σ̂.
+
+    Args:
+      schedule: the noise schedule.
+      t: int scalar or array in 1..T.
+      s: int scalar or array in 0..t − 1.
+
+    Returns:
+      σ̂, float64 on the host where everything is concrete.
+
+    Raises:
+      ValueError: t or s is out of range.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> f"{ddim.sigma_hat(ddim.linear_schedule(1000), 1000, 999) ** 2:.2f}"
+      '0.02'
+    """
+    log_t, log_s = _pair(schedule, t, s)
+    return _hat(log_t, log_s)
+
+
+def posterior(
+    schedule: Schedule,
+    t: ArrayLike,
+    s: ArrayLike,
+    eta: ArrayLike = 0.0,
+    *,
+    sigma: ArrayLike | None = None,
+) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+    """κ, λ, σ of q_σ(x_s | x_t, x_0) = N(κ x_t + λ x_0, σ² I) (DDIM Eq. 7, for any s < t).
+
+    κ = √((1 − ᾱ_s − σ²)/(1 − ᾱ_t)), λ = √ᾱ_s − κ √ᾱ_t: the solution of κ√ᾱ_t + λ = √ᾱ_s and
+    κ²(1 − ᾱ_t) + σ² = 1 − ᾱ_s, so that every σ keeps the marginals of Eq. 4 (Lemma 1).
+
+    Args:
+      schedule: the noise schedule.
+      t: int scalar or (B,) in 1..T.
+      s: int scalar or (B,) in 0..t − 1.
+      eta: η ≥ 0 of Eq. 16.
+      sigma: σ itself, in place of η: 0 ≤ σ² ≤ 1 − ᾱ_s.
+
+    Returns:
+      (κ, λ, σ), float64 on the host where everything is concrete.
+
+    Raises:
+      ValueError: t, s, η or σ is out of range (σ² > 1 − ᾱ_s has no real κ).
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36])
+      >>> [round(float(v), 4) for v in ddim.posterior(schedule, t=2, s=1)]
+      [0.75, 0.35, 0.0]
+    """
+    c = coefficients(schedule, t, s, eta, sigma=sigma)
+    kappa = c.direction / c.sqrt_one_minus_alpha_bar_t
+    return kappa, c.sqrt_alpha_bar_s - kappa * c.sqrt_alpha_bar_t, c.sigma
+
+
+def coefficients(
+    schedule: Schedule,
+    t: ArrayLike,
+    s: ArrayLike,
+    eta: ArrayLike = 0.0,
+    *,
+    sigma: ArrayLike | None = None,
+    use_sigma_hat: bool = False,
+) -> Coefficients:
+    """The five numbers of Eq. 12 for steps t → s.
+
+    Args:
+      schedule: the noise schedule.
+      t: int scalar or array in 1..T.
+      s: int scalar or array in 0..t − 1.
+      eta: η ≥ 0 of Eq. 16, scalar or array.
+      sigma: σ itself, in place of η.
+      use_sigma_hat: scale the noise by σ̂ instead; the direction keeps σ (App. D.3).
+
+    Returns:
+      `Coefficients` with the broadcast shape of t, s and η, float64 where all are concrete.
+
+    Raises:
+      ValueError: t, s, η or σ is out of range. Under a trace a σ² > 1 − ᾱ_s yields NaN.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36])
+      >>> round(float(ddim.coefficients(schedule, 2, 1, eta=1.0).direction), 4)
+      0.3375
+    """
+    log_t, log_s = _pair(schedule, t, s)
+    a_t, b_t = _signal_and_noise(log_t)
+    a_s, b_s = _signal_and_noise(log_s)
+    std = _eta_sigma(log_t, log_s, eta) if sigma is None else _given_sigma(sigma)
+    xp = _namespace(log_t, log_s, std)
+    radicand = b_s**2 - std**2
+    tolerance = 8 * float(jnp.finfo(radicand.dtype).eps)  # σ² = 1 − ᾱ_s may round to above it
+    if xp is np and np.any(radicand < -tolerance):
+        t, s, std, limit = (
+            v[np.unravel_index(np.argmin(radicand), radicand.shape)]
+            for v in np.broadcast_arrays(t, s, std, b_s**2)
+        )
+        raise ValueError(
+            f"sigma = {std:.6g} (eta = {eta}) is too large for the step t = {t} -> s = {s}: "
+            f"sigma**2 must not exceed 1 - alpha_bar[s] = {limit:.6g}; eta in [0, 1] always fits"
+        )
+    direction = xp.sqrt(xp.where(radicand < -tolerance, xp.nan, xp.maximum(radicand, 0)))
+    noise_scale = _hat(log_t, log_s) if use_sigma_hat else std
+    return Coefficients(*xp.broadcast_arrays(a_t, b_t, a_s, direction, noise_scale))
+
+
+def to_x0_eps(
+    c: Coefficients, x_t: Array, output: Array, prediction: str = "eps"
+) -> tuple[Array, Array]:
+    """Turn a network's output of any prediction type into (x̂_0, ε).
+
+    From x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Eq. 4) and v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans & Ho
+    2022, App. D): two of the four fix the others.
+
+    Args:
+      c: `coefficients(schedule, t, s)`; only those of t are used.
+      x_t: (B, ...) the noisy input.
+      output: (B, ...) ε, x̂_0 or v, as `prediction` says.
+      prediction: `"eps"`, `"x_0"` or `"v"`.
+
+    Returns:
+      (x̂_0, ε), each (B, ...).
+
+    Raises:
+      ValueError: the prediction type is unknown, or ε is used where ᾱ_t = 0.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> c = ddim.coefficients(ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36]), 2, 1)
+      >>> x_0, eps = ddim.to_x0_eps(c, jnp.full((1, 1), 1.4), jnp.ones((1, 1)))
+      >>> round(x_0.item(), 4), eps.item()
+      (1.0, 1.0)
+    """
+    a, b = per_image(c.sqrt_alpha_bar_t, x_t), per_image(c.sqrt_one_minus_alpha_bar_t, x_t)
+    if prediction == "eps":
+        check_signal(c, prediction)
+        return (x_t - b * output) / a, output
+    if prediction == "x_0":
+        return output, (x_t - a * output) / b
+    if prediction == "v":
+        return a * x_t - b * output, b * x_t + a * output
+    raise ValueError(f"unknown prediction type {prediction!r}; choose one of {PREDICTIONS}")
+
+
+def from_x0_eps(c: Coefficients, x_0: Array, eps: Array, prediction: str = "eps") -> Array:
+    """The network output of type `prediction` that stands for (x_0, ε): `to_x0_eps` undone.
+
+    Args:
+      c: `coefficients(schedule, t, s)`; only those of t are used.
+      x_0: (B, ...) data.
+      eps: (B, ...) noise.
+      prediction: `"eps"`, `"x_0"` or `"v"` = √ᾱ_t ε − √(1 − ᾱ_t) x_0.
+
+    Returns:
+      (B, ...) ε, x_0 or v.
+
+    Raises:
+      ValueError: the prediction type is unknown.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> c = ddim.coefficients(ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36]), 2, 1)
+      >>> round(ddim.from_x0_eps(c, jnp.ones((1, 1)), jnp.ones((1, 1)), "v").item(), 4)
+      -0.2
+    """
+    a, b = per_image(c.sqrt_alpha_bar_t, x_0), per_image(c.sqrt_one_minus_alpha_bar_t, x_0)
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction type {prediction!r}; choose one of {PREDICTIONS}")
+    return {"eps": eps, "x_0": x_0, "v": a * eps - b * x_0}[prediction]
+
+
+def step(
+    c: Coefficients,
+    x_t: Array,
+    output: Array,
+    noise: Array | None = None,
+    *,
+    prediction: str = "eps",
+    x0_fn: Callable[[Array], Array] | None = None,
+    rederive_eps: bool = True,
+) -> tuple[Array, Array]:
+    """One step t → s from precomputed coefficients (DDIM Eq. 12).
+
+    x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε + σ z
+
+    Args:
+      c: `coefficients(schedule, t, s, eta)`.
+      x_t: (B, ...).
+      output: (B, ...) the network's output at (x_t, t).
+      noise: z ~ N(0, I) of x_t's shape, or None for σ = 0.
+      prediction: what the output is: `"eps"`, `"x_0"` or `"v"`.
+      x0_fn: applied to x̂_0, e.g. `clip_x0(1.0)`; None leaves x̂_0 alone, as the authors do.
+      rederive_eps: after x0_fn, recompute ε = (x_t − √ᾱ_t x̂_0)/√(1 − ᾱ_t), so that the step is
+        Eq. 7 with x̂_0 for x_0; False keeps the network's own ε.
+
+    Returns:
+      (x_s, x̂_0), each (B, ...).
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> c = ddim.coefficients(ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36]), 2, 1)
+      >>> x_s, x_0 = ddim.step(c, jnp.full((1, 1), 1.4), jnp.ones((1, 1)))
+      >>> round(x_s.item(), 4), round(x_0.item(), 4)
+      (1.4, 1.0)
+    """
+    x_0, eps = to_x0_eps(c, x_t, output, prediction)
+    if x0_fn is not None:
+        x_0 = x0_fn(x_0)
+        if rederive_eps:
+            eps = to_x0_eps(c, x_t, x_0, "x_0")[1]
+    x_s = per_image(c.sqrt_alpha_bar_s, x_t) * x_0 + per_image(c.direction, x_t) * eps
+    if noise is not None:
+        x_s = x_s + per_image(c.sigma, x_t) * noise
+    return x_s, x_0
+
+
+def ddim_step(
+    schedule: Schedule,
+    x_t: Array,
+    eps: Array,
+    t: ArrayLike,
+    s: ArrayLike,
+    eta: ArrayLike = 0.0,
+    noise: Array | None = None,
+    *,
+    sigma: ArrayLike | None = None,
+    prediction: str = "eps",
+) -> Array:
+    """One DDIM step t → s (DDIM Eq. 12).
+
+    x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε + σ z, with x̂_0 = (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t (Eq. 9).
+
+    Args:
+      schedule: the noise schedule.
+      x_t: (B, ...) floating.
+      eps: (B, ...) ε_θ(x_t, t), or what `prediction` names.
+      t: int scalar or (B,) in 1..T.
+      s: int scalar or (B,) in 0..t − 1: the next element of τ, not t − 1.
+      eta: η ≥ 0 of Eq. 16.
+      noise: z ~ N(0, I), shape of x_t; needed unless σ = 0.
+      sigma: σ itself, in place of η.
+      prediction: `"eps"`, `"x_0"` or `"v"`.
+
+    Returns:
+      x_s, shape and dtype of x_t.
+
+    Raises:
+      TypeError: x_t is not floating, or t or s is not integer.
+      ValueError: t, s, η or σ is out of range, shapes do not agree, or σ > 0 without noise.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36])
+      >>> x_2 = jnp.full((1, 1), 1.4)
+      >>> round(ddim.ddim_step(schedule, x_2, jnp.ones((1, 1)), t=2, s=1).item(), 4)
+      1.4
+    """
+    _check_arrays(x_t, eps=eps, **({} if noise is None else {"noise": noise}))
+    _check_batch(x_t, t=t, s=s, eta=eta, sigma=sigma)
+    c = coefficients(schedule, t, s, eta, sigma=sigma)
+    if noise is None and not (is_concrete(c.sigma) and not np.any(c.sigma)):
+        raise ValueError(
+            f"eta = {eta}, sigma = {sigma} may add noise: pass noise=jax.random.normal(key, "
+            "x_t.shape, x_t.dtype), or eta = 0 for the deterministic step"
+        )
+    return step(c, x_t, eps, noise, prediction=prediction)[0]
+
+
+def clip_x0(bound: float = 1.0) -> Callable[[Array], Array]:
+    """An `x0_fn` that clips x̂_0 to [−bound, bound], the range of the data.
+
+    Args:
+      bound: > 0; 1 for images scaled to [−1, 1].
+
+    Returns:
+      A function x̂_0 → clipped x̂_0.
+
+    Raises:
+      ValueError: bound is not positive.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> ddim.clip_x0(1.0)(jnp.array([-3.0, 0.5])).tolist()
+      [-1.0, 0.5]
+    """
+    if not bound > 0:
+        raise ValueError(f"clip_x0 needs a bound > 0, got {bound}")
+    return lambda x_0: jnp.clip(x_0, -bound, bound)
+
+
+def dynamic_threshold(quantile: float = 0.995, bound: float = 1.0) -> Callable[[Array], Array]:
+    """An `x0_fn` that clips each x̂_0 at its own quantile and rescales (Saharia et al. 2022, §2.3).
+
+    With m = max(bound, the quantile of |x̂_0| over one image): x̂_0 → clip(x̂_0, −m, m)·bound/m.
+
+    Args:
+      quantile: in (0, 1].
+      bound: > 0, the range of the data.
+
+    Returns:
+      A function x̂_0 (B, ...) → x̂_0 (B, ...) in [−bound, bound].
+
+    Raises:
+      ValueError: quantile or bound is out of range.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> ddim.dynamic_threshold(1.0)(jnp.array([[-4.0, 2.0]])).tolist()
+      [[-1.0, 0.5]]
+    """
+    if not 0 < quantile <= 1 or not bound > 0:
+        raise ValueError(
+            f"need 0 < quantile <= 1 and bound > 0, got quantile={quantile}, bound={bound}"
+        )
+
+    def threshold(x_0: Array) -> Array:
+        m = jnp.quantile(jnp.abs(x_0), quantile, axis=tuple(range(1, x_0.ndim)), keepdims=True)
+        m = jnp.maximum(m, bound)
+        return jnp.clip(x_0, -m, m) * (bound / m)
+
+    return threshold
+
+
+def check_signal(c: Coefficients, prediction: str) -> None:
+    """Refuse ε-prediction where ᾱ_t = 0: x̂_0 = (x_t − ε)/0."""
+    a = c.sqrt_alpha_bar_t
+    if prediction == "eps" and is_concrete(a) and not np.all(np.asarray(a) > 0):
+        raise ValueError(
+            "alpha_bar[t] = 0 (zero terminal SNR): ε leaves x_0 undefined there; use a network "
+            'with prediction="v" or "x_0", or a tau that stops before T'
+        )
+
+
+def _namespace(*values: ArrayLike) -> Any:
+    """NumPy (float64, on the host) while every value is concrete, jax.numpy under a trace."""
+    return np if is_concrete(*values) else jnp
+
+
+def _signal_and_noise(log_alpha_bar: Any) -> tuple[Any, Any]:
+    """(√ᾱ, √(1 − ᾱ)), both to full relative precision."""
+    xp = _namespace(log_alpha_bar)
+    return xp.exp(log_alpha_bar / 2), xp.sqrt(-xp.expm1(log_alpha_bar))
+
+
+def _hat(log_t: Any, log_s: Any) -> Any:
+    xp = _namespace(log_t, log_s)
+    return xp.sqrt(-xp.expm1(log_t - log_s))
+
+
+def _eta_sigma(log_t: Any, log_s: Any, eta: Any) -> Any:
+    if is_concrete(eta):
+        eta = _namespace(log_t, log_s).asarray(np.asarray(eta, np.float64))
+        if is_concrete(eta) and not (eta >= 0).all():
+            raise ValueError(f"eta must be >= 0 (0 is DDIM, 1 is DDPM), got {eta}")
+    return eta * _signal_and_noise(log_s)[1] / _signal_and_noise(log_t)[1] * _hat(log_t, log_s)
+
+
+def _given_sigma(sigma: Any) -> Any:
+    if is_concrete(sigma):
+        sigma = np.asarray(sigma, np.float64)
+        if not (sigma >= 0).all():
+            raise ValueError(f"sigma must be >= 0, got {sigma}")
+    return sigma
+
+
+def _pair(schedule: Schedule, t: ArrayLike, s: ArrayLike) -> tuple[Any, Any]:
+    if is_concrete(t, s) and not np.all(np.asarray(s) < np.asarray(t)):
+        raise ValueError(f"a step goes from t down to s < t, got t = {t}, s = {s}")
+    return _log_alpha_bar(schedule, t, 1, "t"), _log_alpha_bar(schedule, s, 0, "s")
+
+
+def _log_alpha_bar(schedule: Schedule, t: ArrayLike, low: int, name: str) -> Any:
+    """log ᾱ_t for checked t: JAX would wrap −1 around and clamp T + 1 silently."""
+    dtype = t.dtype if isinstance(t, jax.Array) else np.asarray(t).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer in {low}..T, got dtype {dtype}: {t}")
+    if is_concrete(t):
+        values = np.asarray(t)
+        if values.size and (values.min() < low or values.max() > schedule.num_steps):
+            raise ValueError(
+                f"{name} must lie in {low}..T = {low}..{schedule.num_steps}, got {t} (this library "
+                "counts t from 1 as the paper does: add 1 to a 0-based network index)"
+            )
+        if is_concrete(schedule):
+            return np.asarray(schedule.log_alpha_bar, np.float64)[values]
+    return jnp.asarray(schedule.log_alpha_bar)[jnp.asarray(t)]
+
+
+def _check_arrays(x: Array, **others: Array) -> None:
+    if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
+        raise TypeError(
+            f"expected a floating array, got {getattr(x, 'dtype', type(x).__name__)}; scale uint8 "
+            "images to [-1, 1] first: x / 127.5 - 1"
+        )
+    for name, other in others.items():
+        if np.shape(other) != x.shape:
+            raise ValueError(f"{name} must have the shape of x, {x.shape}, got {np.shape(other)}")
+
+
+def _check_batch(x: Array, **values: ArrayLike | None) -> None:
+    for name, value in values.items():
+        shape = np.shape(value) if value is not None else ()
+        if shape != () and (x.ndim == 0 or shape != x.shape[:1]):
+            raise ValueError(
+                f"{name} must be a scalar or one value per image, {x.shape[:1]}, got shape {shape}"
+            )

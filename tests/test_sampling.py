@@ -1,0 +1,409 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import ddim_jax as ddim
+from tests import reference
+
+A = reference.alpha_bar_linear()
+SCHEDULE = ddim.linear_schedule(1000)
+ROOT = jnp.asarray(np.sqrt(1 - A), jnp.float32)
+
+
+def exact(x, t):
+    """The optimal ε for data N(0, 1): √(1 − ᾱ_t) x_t."""
+    return ROOT[t].reshape(-1, *(1,) * (x.ndim - 1)) * x
+
+
+def exact_gaussian(mean, variance):
+    """The optimal ε for data N(mean, variance), for JAX and for NumPy."""
+
+    def numpy(x, t):
+        a = A[t]
+        return np.sqrt(1 - a) * (x - np.sqrt(a) * mean) / (a * variance + 1 - a)
+
+    gain = jnp.asarray(np.sqrt(1 - A) / (A * variance + 1 - A), jnp.float32)
+    shift = jnp.asarray(np.sqrt(A) * mean, jnp.float32)
+
+    def jax_(x, t):
+        return gain[t][:, None] * (x - shift[t][:, None])
+
+    return jax_, numpy
+
+
+# The network of the golden sums: ε(x, i) = x·i/(i + 1), i = t − 1.
+def toy(x, t):
+    i = (t - 1).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return x * i / (i + 1)
+
+
+def golden_input():
+    x = np.arange(768, dtype=np.float32).reshape(3, 8, 8, 4) / 768
+    return jnp.asarray(x.transpose(3, 0, 1, 2))
+
+
+UNIFORM = ddim.timesteps(1000, 10, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tau", "prediction", "total"),
+    [
+        (SCHEDULE, UNIFORM, "eps", 172.0067),
+        (ddim.linear_schedule(1000, beta_start=0.01), UNIFORM, "eps", 149.8295),
+        (SCHEDULE, UNIFORM, "v", 52.5302),
+        (SCHEDULE, ddim.timesteps(1000, 10, "quad"), "eps", 178.6596),
+    ],
+)
+def test_golden_sums(schedule, tau, prediction, total):
+    x_0 = ddim.sample(toy, golden_input(), schedule, tau, prediction=prediction)
+    assert abs(float(jnp.abs(x_0).sum()) / total - 1) < 1e-3
+    if total == 172.0067:
+        assert abs(float(jnp.abs(x_0).mean()) - 0.223967) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "tolerance"), [(10, 1e-5), (50, 1e-5), (100, 1e-5), (1000, 5e-5)]
+)
+@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
+def test_float32_against_float64_numpy(num_samples, tolerance, spacing):
+    denoise, numpy_eps = exact_gaussian(mean=0.4, variance=0.09)
+    x_T = np.asarray(ddim.initial_noise(jax.random.key(1), 16, (32,)))
+    tau = ddim.timesteps(1000, num_samples, spacing)
+    want = reference.ddim_loop(numpy_eps, x_T, A, tau)
+    for got in (
+        ddim.sample(denoise, x_T, SCHEDULE, tau),
+        jax.jit(lambda x: ddim.sample(denoise, x, SCHEDULE, tau))(x_T),
+    ):
+        error = np.abs(got - want).max() / np.abs(want).max()
+        assert error < tolerance, error
+
+
+def test_one_step_is_as_good_as_float32_eps():
+    """S = 1 divides ε's own float32 rounding by √ᾱ_T = 0.006: nothing after it can do better."""
+    denoise, numpy_eps = exact_gaussian(mean=0.4, variance=0.09)
+    x_T = np.asarray(ddim.initial_noise(jax.random.key(1), 16, (32,)))
+    want = reference.ddim_loop(numpy_eps, x_T, A, [1000])
+    got = ddim.sample(denoise, x_T, SCHEDULE, [1000])
+    bound = 4 * np.finfo(np.float32).eps * np.abs(x_T).max() / np.sqrt(A[1000])
+    assert np.abs(got - want).max() < bound
+
+
+@pytest.mark.parametrize("eta", [0.2, 1.0])
+@pytest.mark.parametrize("num_samples", [10, 100])
+def test_noisy_float32_against_float64_numpy(eta, num_samples):
+    """The same noise, drawn per (key, image, t) as documented, in a float64 loop."""
+    denoise, numpy_eps = exact_gaussian(mean=0.4, variance=0.09)
+    key = jax.random.key(3)
+    x_T = np.asarray(ddim.initial_noise(jax.random.key(1), 4, (8,)))
+
+    def noise(t):
+        fold = jax.random.fold_in
+        return np.stack([jax.random.normal(fold(fold(key, i), t), (8,)) for i in range(4)])
+
+    tau = ddim.timesteps(1000, num_samples)
+    want = reference.ddim_loop(numpy_eps, x_T, A, tau, eta, noise)
+    got = ddim.sample(denoise, x_T, SCHEDULE, tau, eta, key)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_traced_tau_and_eta_agree_with_the_host():
+    x_T = ddim.initial_noise(jax.random.key(1), 4, (8,))
+    key = jax.random.key(3)
+    traced = jax.jit(lambda tau, eta: ddim.sample(exact, x_T, SCHEDULE, tau, eta, key))
+    tau = ddim.timesteps(1000, 50)
+    for eta in (0.0, 0.5, 1.0):
+        want = ddim.sample(exact, x_T, SCHEDULE, tau, eta, key)
+        np.testing.assert_allclose(traced(tau, eta), want, rtol=1e-3, atol=1e-4)
+
+
+def test_one_compilation_for_ten_calls():
+    """η, weights, τ's values and seeds are traced: only a new S recompiles."""
+    traces = []
+
+    def apply_fn(params, x, t):
+        traces.append(x.shape)
+        return params["w"] * exact(x, t)
+
+    sampler = ddim.make_sampler(apply_fn, SCHEDULE, ddim.timesteps(1000, 20))
+    outputs = set()
+    for i in range(10):
+        key = jax.random.key(i)
+        tau = ddim.timesteps(1000, 20, "quadratic" if i % 2 else "linear")
+        x_T = ddim.initial_noise(key, 4, (8,))
+        out = sampler({"w": jnp.float32(1 - i / 100)}, x_T, key, eta=i / 10, tau=tau)
+        outputs.add(float(out.sum()))
+    assert len(traces) == 1
+    assert len(outputs) == 10
+    sampler({"w": jnp.float32(1)}, x_T, key, tau=ddim.timesteps(1000, 21))
+    assert len(traces) == 2
+
+
+def test_make_sampler_is_sample():
+    x_T = ddim.initial_noise(jax.random.key(1), 4, (8,))
+    tau = ddim.timesteps(1000, 20)
+    for eta, key, options in [
+        (0.0, None, {}),
+        (0.5, jax.random.key(0), {}),
+        (1.0, jax.random.key(0), {"use_sigma_hat": True, "x0_fn": ddim.clip_x0(1.0)}),
+    ]:
+        sampler = ddim.make_sampler(lambda w, x, t: w * exact(x, t), SCHEDULE, tau, eta, **options)
+        want = ddim.sample(lambda x, t: 0.9 * exact(x, t), x_T, SCHEDULE, tau, eta, key, **options)
+        np.testing.assert_allclose(sampler(0.9, x_T, key), want, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_s():
+    def temporary_bytes(num_samples):
+        tau = ddim.timesteps(1000, num_samples)
+        run = jax.jit(lambda x: ddim.sample(exact, x, SCHEDULE, tau, 0.5, jax.random.key(0)))
+        memory = run.lower(jnp.zeros((64, 32, 32, 3))).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    small, large = temporary_bytes(10), temporary_bytes(1000)
+    assert large - small < 100_000, (small, large)  # tables of scalars; one image batch is 786 kB
+
+
+def test_network_is_traced_once():
+    calls = []
+
+    def network(x, t):
+        calls.append(1)
+        return exact(x, t)
+
+    jax.jit(lambda x: ddim.sample(network, x, SCHEDULE, ddim.timesteps(1000, 1000)))(
+        jnp.ones((2, 2))
+    )
+    assert len(calls) == 1
+
+
+def gaussian_variance_recursion(tau, eta, hat=False):
+    """Var x_0 when data are N(0, 1), ε is exact and x_T ~ N(0, 1): x_s = g x_t + σ z."""
+    variance, tau = 1.0, [0, *[int(t) for t in tau]]
+    for i in range(len(tau) - 1, 0, -1):
+        t, s = tau[i], tau[i - 1]
+        sigma = reference.eta_sigma(A, t, s, eta)
+        g = np.sqrt(A[s]) * np.sqrt(A[t]) + np.sqrt(1 - A[s] - sigma**2) * np.sqrt(1 - A[t])
+        noise = np.sqrt(1 - A[t] / A[s]) * (s > 0) if hat else sigma
+        variance = g**2 * variance + noise**2
+    return variance
+
+
+def test_the_variance_trap():
+    """Trap 1: S = 100, η = 1 → 0.92; without σz it is 0.00, without shrinking √(…) it is 9.8."""
+    recursion = gaussian_variance_recursion(ddim.timesteps(1000, 100), 1.0)
+    assert abs(recursion - 0.92) < 0.01
+    n = 40_000
+    x_T = ddim.initial_noise(jax.random.key(0), n, (1,))
+    x_0 = ddim.sample(exact, x_T, SCHEDULE, ddim.timesteps(1000, 100), 1.0, jax.random.key(1))
+    assert abs(float(x_0.var()) - recursion) < 3 * recursion * np.sqrt(2 / n)
+    assert abs(float(x_0.mean())) < 3 * np.sqrt(recursion / n)
+
+
+@pytest.mark.parametrize("spacing", ["linear", "quadratic", "logsnr"])
+@pytest.mark.parametrize("num_samples", [5, 20, 100])
+@pytest.mark.parametrize(
+    ("eta", "hat"), [(0.0, False), (0.2, False), (0.5, False), (1.0, False), (1.0, True)]
+)
+def test_variance_of_every_eta_and_tau(spacing, num_samples, eta, hat):
+    tau = ddim.timesteps(1000, num_samples, spacing, schedule=SCHEDULE)
+    n = 20_000
+    x_T = ddim.initial_noise(jax.random.key(0), n, (1,))
+    key = jax.random.key(1)
+    x_0 = ddim.sample(exact, x_T, SCHEDULE, tau, eta, key, use_sigma_hat=hat)
+    want = gaussian_variance_recursion(tau, eta, hat)
+    assert abs(float(x_0.var()) - want) < 4 * want * np.sqrt(2 / n)
+
+
+def test_sigma_hat_final_noise():
+    n = 20_000
+    x_T = ddim.initial_noise(jax.random.key(0), n, (1,))
+    tau = [300, 1000]  # a large last step, so that its noise shows
+    last = 1 - A[300]
+    for final in (False, True):
+        x_0 = ddim.sample(
+            exact, x_T, SCHEDULE, tau, 1.0, jax.random.key(1), use_sigma_hat=True, final_noise=final
+        )
+        want = gaussian_variance_recursion(tau, 1.0, hat=True) + final * last
+        assert abs(float(x_0.var()) - want) < 4 * want * np.sqrt(2 / n)
+
+
+def test_sigma_given_step_by_step():
+    tau = ddim.timesteps(1000, 20)
+    previous = np.append(0, tau[:-1])
+    sigma = ddim.ddim_sigma(SCHEDULE, tau, previous, 0.7)
+    x_T, key = ddim.initial_noise(jax.random.key(0), 4, (8,)), jax.random.key(1)
+    by_eta = ddim.sample(exact, x_T, SCHEDULE, tau, 0.7, key)
+    by_sigma = ddim.sample(exact, x_T, SCHEDULE, tau, key=key, sigma=sigma)
+    by_etas = ddim.sample(exact, x_T, SCHEDULE, tau, np.full(20, 0.7), key)
+    np.testing.assert_array_equal(by_eta, by_sigma)
+    np.testing.assert_array_equal(by_eta, by_etas)
+
+
+def test_eta_zero_ignores_the_key():
+    x_T = ddim.initial_noise(jax.random.key(0), 4, (8,))
+    tau = ddim.timesteps(1000, 20)
+    runs = [ddim.sample(exact, x_T, SCHEDULE, tau, 0.0, k) for k in (None, jax.random.key(1))]
+    np.testing.assert_array_equal(*runs)
+    sampler = ddim.make_sampler(lambda _, x, t: exact(x, t), SCHEDULE, tau)
+    by_key = [sampler(0, x_T, jax.random.key(i)) for i in (1, 2)]
+    np.testing.assert_array_equal(*by_key)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=12, unique=True), st.data())
+@settings(max_examples=6)
+def test_batch_split_invariance(tau, data):
+    """Image k does not depend on the batch it was drawn in, η > 0 included."""
+    tau = sorted(tau)
+    cut = data.draw(st.integers(1, 6))
+    key = jax.random.key(data.draw(st.integers(0, 99)))
+    x_T = ddim.initial_noise(key, 7, (3, 2))
+    run = partial(ddim.sample, exact, schedule=SCHEDULE, tau=tau, eta=0.8, key=key)
+    whole = run(x_T=x_T)
+    parts = [
+        run(x_T=x_T[:cut], indices=np.arange(cut)),
+        run(x_T=x_T[cut:], indices=np.arange(cut, 7)),
+    ]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("indices", [[5], list(range(7)), list(range(64))])
+def test_initial_noise_is_per_image(indices):
+    key = jax.random.key(7)
+    alone = jax.random.normal(jax.random.fold_in(key, 5), (4, 3))
+    drawn = ddim.initial_noise(key, indices, (4, 3))
+    np.testing.assert_array_equal(drawn[indices.index(5)], alone)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (simulated) devices")
+def test_device_count_invariance():
+    """One device or eight: the same noise bit for bit, the same images, and no collective."""
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    shard = NamedSharding(mesh, PartitionSpec("data"))
+    key, tau = jax.random.key(0), ddim.timesteps(1000, 10)
+    make = lambda indices: ddim.initial_noise(key, indices, (4, 4, 1))  # noqa: E731
+    spread = jax.jit(make, out_shardings=shard)(jnp.arange(16))
+    one = make(np.arange(16))
+    np.testing.assert_array_equal(spread, one)
+    run = jax.jit(lambda x: ddim.sample(exact, x, SCHEDULE, tau, 0.5, key))
+    np.testing.assert_allclose(run(spread), run(one), rtol=1e-5, atol=1e-6)
+    hlo = run.lower(spread).compile().as_text()
+    assert not any(op in hlo for op in ("all-reduce", "all-gather", "all-to-all", "collective"))
+
+
+def test_trajectory_keeps_what_it_is_asked():
+    x_T = ddim.initial_noise(jax.random.key(0), 3, (4,))
+    tau, key = ddim.timesteps(1000, 10), jax.random.key(1)
+    full = ddim.trajectory(exact, x_T, SCHEDULE, tau, 0.5, key)
+    assert full.t.tolist() == tau[::-1].tolist()
+    np.testing.assert_array_equal(full.x_t[0], x_T)
+    np.testing.assert_array_equal(full.sample, ddim.sample(exact, x_T, SCHEDULE, tau, 0.5, key))
+    a = A[full.t][:, None, None]
+    x_t = np.asarray(full.x_t, np.float64)
+    predicted = (x_t - np.sqrt(1 - a) * np.sqrt(1 - a) * x_t) / np.sqrt(a)
+    np.testing.assert_allclose(full.x_0, predicted, rtol=1e-3, atol=1e-4)
+    some = ddim.trajectory(exact, x_T, SCHEDULE, tau, 0.5, key, at=[100, 700])
+    assert some.t.tolist() == [700, 100]
+    np.testing.assert_array_equal(some.x_t, full.x_t[jnp.array([3, 9])])
+    np.testing.assert_array_equal(some.x_0, full.x_0[jnp.array([3, 9])])
+
+
+def test_callback_sees_every_step_under_jit():
+    seen = []
+    run = jax.jit(
+        lambda x: ddim.sample(
+            exact, x, SCHEDULE, [1, 10, 100], callback=lambda i, t: seen.append((int(i), int(t)))
+        )
+    )
+    jax.block_until_ready(run(jnp.ones((2, 2))))
+    jax.effects_barrier()
+    assert sorted(seen) == [(1, 100), (2, 10), (3, 1)]
+    without = jax.make_jaxpr(lambda x: ddim.sample(exact, x, SCHEDULE, [1, 10]))(jnp.ones((2, 2)))
+    assert "callback" not in str(without)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtype_follows_x(dtype):
+    out = ddim.sample(lambda x, t: x * 0, jnp.ones((2, 2), dtype), SCHEDULE, [1, 10])
+    assert out.dtype == dtype
+
+
+def test_export_for_tpu_and_cuda():
+    @jax.jit
+    def run(weight, x_T, eta):
+        return ddim.sample(
+            lambda x, t: weight * x, x_T, SCHEDULE, ddim.timesteps(1000, 50), eta, jax.random.key(0)
+        )
+
+    x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    exported = jax.export.export(run, platforms=["tpu", "cuda"])(scalar, x, scalar)
+    assert set(exported.platforms) == {"tpu", "cuda"}
+    assert "while" in exported.mlir_module()
+
+
+def test_zero_terminal_snr_with_v():
+    """Data at a point c: v is exact, ᾱ_T = 0 is no obstacle."""
+    schedule = ddim.rescale_zero_terminal_snr(SCHEDULE)
+    log = jnp.asarray(schedule.log_alpha_bar)
+
+    def v_of_a_point(x, t):
+        a = jnp.exp(log[t] / 2)[:, None]
+        b = jnp.sqrt(-jnp.expm1(log[t]))[:, None]
+        return a * (x - a * 0.3) / b - b * 0.3
+
+    x_T = ddim.initial_noise(jax.random.key(0), 4, (3,))
+    for eta in (0.0, 1.0):
+        x_0 = ddim.sample(
+            v_of_a_point,
+            x_T,
+            schedule,
+            ddim.timesteps(1000, 20),
+            eta,
+            jax.random.key(1),
+            prediction="v",
+        )
+        np.testing.assert_allclose(x_0, 0.3, rtol=1e-4)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        ddim.sample(exact, x_T, schedule, ddim.timesteps(1000, 20))
+
+
+X = jnp.ones((2, 3))
+TAU = [1, 10]
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: ddim.sample(exact, X, SCHEDULE, [10, 1]), ValueError, "increase strictly"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, [0, 1]), ValueError, "1..1000"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, [1, 1001]), ValueError, "1..1000"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, eta=0.5), ValueError, "needs key"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, -0.5, KEY), ValueError, "eta must be >= 0"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, 2.0, KEY), ValueError, "too large"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, [0.1] * 3, KEY), ValueError, "one value per"),
+        (
+            lambda: ddim.sample(exact, X, SCHEDULE, TAU, sigma=[0.1] * 3, key=KEY),
+            ValueError,
+            "sigma",
+        ),
+        (lambda: ddim.sample(exact, X.astype(jnp.uint8), SCHEDULE, TAU), TypeError, "127.5"),
+        (lambda: ddim.sample(exact, jnp.float32(1), SCHEDULE, TAU), ValueError, "scalar"),
+        (lambda: ddim.sample(lambda x, t: x[:, :1], X, SCHEDULE, TAU), ValueError, "shape of its"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, prediction="z"), ValueError, "'z'"),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, 1.0, KEY, indices=[1]), ValueError, "number"),
+        (lambda: ddim.trajectory(exact, X, SCHEDULE, TAU, at=[2]), ValueError, "tau visits"),
+        (lambda: ddim.make_sampler(exact, SCHEDULE, TAU, clip=True), TypeError, "'clip'"),
+        (lambda: ddim.make_sampler(exact, SCHEDULE, [2, 1]), ValueError, "increase"),
+        (lambda: ddim.initial_noise(KEY, [-1], (2,)), ValueError, ">= 0"),
+        (lambda: ddim.initial_noise(KEY, [0.5], (2,)), ValueError, "ints"),
+    ],
+)
+def test_bad_input(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
