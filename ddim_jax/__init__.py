@@ -1,7 +1,19 @@
 """ddim_jax: Denoising Diffusion Implicit Models (Song, Meng & Ermon, ICLR 2021) in JAX."""
 
+from ddim_jax import categorical, oracle
 from ddim_jax._types import Denoiser
+from ddim_jax.guidance import (
+    classifier,
+    classifier_free,
+    classifier_free_labels,
+    inpaint,
+    start_from,
+)
+from ddim_jax.inversion import Inversion, encode, invert, reconstruct, reconstruction_error
+from ddim_jax.latents import SameLatent, same_latent, slerp, spherical_grid
+from ddim_jax.multistep import multistep_sample, pf_euler_sample
 from ddim_jax.objective import loss
+from ddim_jax.pretrained import Model, load_model
 from ddim_jax.process import (
     Coefficients,
     clip_x0,

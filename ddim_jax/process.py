@@ -2,8 +2,8 @@
 
 Every function is a pure function of arrays. `t` and `s` count 0..T as in the paper, `s < t`, and
 need not be neighbours. Where all of `schedule`, `t`, `s` and η are concrete, they are checked and
-the coefficients are computed in float64 on the host; under a trace they cannot be checked, and are
-computed from log ᾱ in the trace's own precision.
+the coefficients are computed in float64 on the host; under a trace they cannot be checked: they are
+computed from log ᾱ in the trace's own precision, and a t, η or σ out of range gives NaN.
 """
 
 from __future__ import annotations
@@ -467,7 +467,7 @@ def _pair(schedule: Schedule, t: ArrayLike, s: ArrayLike) -> tuple[Any, Any]:
 
 
 def _log_alpha_bar(schedule: Schedule, t: ArrayLike, low: int, name: str) -> Any:
-    """log ᾱ_t for checked t: JAX would wrap −1 around and clamp T + 1 silently."""
+    """log ᾱ_t for checked t; traced ones out of range give NaN."""
     dtype = t.dtype if isinstance(t, jax.Array) else np.asarray(t).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer in {low}..T, got dtype {dtype}: {t}")
@@ -480,7 +480,9 @@ def _log_alpha_bar(schedule: Schedule, t: ArrayLike, low: int, name: str) -> Any
             )
         if is_concrete(schedule):
             return np.asarray(schedule.log_alpha_bar, np.float64)[values]
-    return jnp.asarray(schedule.log_alpha_bar)[jnp.asarray(t)]
+    # Unsigned, so that −1 too is out of range: NaN rather than a neighbour's value.
+    table = jnp.asarray(schedule.log_alpha_bar)
+    return table.at[jnp.asarray(t).astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
 
 
 def _check_arrays(x: Array, **others: Array) -> None:

@@ -7,6 +7,7 @@ writes α_t for it, Ho et al. (2020) write ᾱ_t.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +232,28 @@ def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
     root = np.exp(np.asarray(schedule.log_alpha_bar, np.float64) / 2)
     scaled = (root[1:] - root[-1]) * (root[1] / (root[1] - root[-1]))
     return schedule_from_alpha_bar(np.append(1.0, scaled**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """A schedule in plain numbers, as presets and checkpoints hold it.
+
+    Example:
+      >>> ScheduleConfig(num_steps=10).build().num_steps
+      10
+    """
+
+    kind: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    num_steps: int = 1000  # T
+    beta_start: float = 1e-4  # of linear and scaled_linear
+    beta_end: float = 0.02
+
+    def build(self) -> Schedule:
+        """The `Schedule`; ValueError where the numbers do not make one."""
+        if self.kind == "cosine":
+            return cosine_schedule(self.num_steps)
+        make = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}[self.kind]
+        return make(self.num_steps, self.beta_start, self.beta_end)
 
 
 def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:

@@ -131,6 +131,15 @@ def test_traced_eta_too_large_is_nan_not_a_number_that_looks_right():
     assert np.isnan(bad(1e3))
 
 
+@pytest.mark.parametrize("t", [-1, 1001])
+def test_traced_time_out_of_range_is_nan_not_a_neighbour(t):
+    """Trap 3: JAX would wrap −1 around and clamp T + 1."""
+    x = jnp.ones((2, 3))
+    run = jax.jit(lambda t: ddim.forward_marginal(SCHEDULE, x, t, x))
+    assert np.isfinite(run(1000)).all()
+    assert np.isnan(run(t)).all()
+
+
 def test_zero_terminal_snr_and_eta_one_has_no_nan():
     """Trap 5: the radicand rounds to −6e-8 there."""
     schedule = ddim.rescale_zero_terminal_snr(SCHEDULE)

@@ -1,0 +1,47 @@
+# make demo   train on the bundled digits and draw: demo/index.html
+# make test   every test that takes seconds, and the linters
+# Each sets up what it needs in .venv, from PyPI.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   ?= demo
+
+.PHONY: demo test test-all lint format constraints clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	$(BIN)/ddim-jax demo --out $(DEMO)
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-all: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The versions that the tests passed with, for reproducible installs.
+constraints: $(VENV)/.test
+	$(BIN)/python -m pip freeze --exclude-editable | grep -iv '^\(torch\|diffusers\)==' > constraints.txt
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("ddim_jax needs Python >= 3.11, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

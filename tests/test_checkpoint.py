@@ -1,0 +1,223 @@
+"""Checkpoints: exact, kept in number, safe beside donation, and clear about damage."""
+
+import gc
+import json
+import shutil
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ddim_jax import checkpoint
+from ddim_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    restore,
+    restore_config,
+    restore_part,
+    saved_steps,
+)
+
+CONFIG = {"model": {"channels": 32, "multipliers": [1, 2]}, "train": {"learning_rate": 2e-4}}
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+
+
+def make_state(step=0, width=4):
+    k1, k2 = jax.random.split(jax.random.fold_in(jax.random.key(1), step))
+    params = {
+        "conv": {"kernel": jax.random.normal(k1, (3, 3, 1, width)), "bias": jnp.ones(width)},
+        "scale": jax.random.normal(k2, ()),
+        "half": jnp.full(3, step / 3, jnp.bfloat16),
+    }
+    opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
+    opt_state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), opt_state)
+    return State(jnp.int32(step), params, jax.tree.map(lambda x: x * 2, params), opt_state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        np.testing.assert_array_equal(x, y)
+
+
+def write(directory, steps=(5,), keep=10):
+    with Checkpoints(directory, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), {"next_index": step}, CONFIG)
+    return directory
+
+
+def test_round_trip_is_exact(tmp_path):
+    write(tmp_path / "run" / "checkpoints")
+    restored = restore(tmp_path / "run" / "checkpoints", make_state())
+    assert_same(restored.state, make_state(5))
+    assert (restored.step, restored.data_state, restored.config) == (5, {"next_index": 5}, CONFIG)
+
+
+def test_like_may_be_abstract_and_any_step_may_be_asked_for(tmp_path):
+    write(tmp_path, steps=(1, 2, 3))
+    like = jax.eval_shape(make_state)
+    for step in (1, 2, 3):
+        assert_same(restore(tmp_path, like, step).state, make_state(step))
+    assert restore(tmp_path, like).step == 3
+
+
+def test_parts_and_config_alone(tmp_path):
+    write(tmp_path, steps=(1, 2))
+    assert_same(restore_part(tmp_path, "ema"), make_state(2).ema)
+    assert_same(restore_part(tmp_path, "params", step=1), make_state(1).params)
+    assert restore_config(tmp_path) == CONFIG
+    with pytest.raises(CheckpointError, match="no part 'emma'; it has ema, opt_state, params"):
+        restore_part(tmp_path, "emma")
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_latest_are_kept(tmp_path, keep):
+    write(tmp_path, steps=range(1, 7), keep=keep)
+    assert saved_steps(tmp_path) == list(range(7 - keep, 7))
+    assert_same(restore(tmp_path, make_state()).state, make_state(6))
+
+
+def test_a_run_goes_on_in_its_directory(tmp_path):
+    write(tmp_path, steps=(1, 2))
+    write(tmp_path, steps=(3,), keep=2)
+    assert saved_steps(tmp_path) == [2, 3]
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="step 3 does not come after the saved step 3"),
+    ):
+        checkpoints.save(3, make_state(3), {}, {})
+
+
+def test_a_state_donated_right_after_saving_is_saved_as_it_was(tmp_path):
+    def advance(state):
+        return jax.tree.map(lambda x: x + 1, state)
+
+    advance = jax.jit(advance, donate_argnums=0)
+    state = {"w": jnp.zeros((1000, 1000)), "n": jnp.int32(0)}
+    with Checkpoints(tmp_path, keep=4) as checkpoints:
+        for step in range(1, 5):
+            state = advance(state)
+            checkpoints.save(step, state, {}, {})
+            for _ in range(3):
+                state = advance(state)
+    for step in range(1, 5):
+        restored = restore(tmp_path, state, step).state
+        assert (np.asarray(restored["w"]) == 4 * step - 3).all()
+        assert int(restored["n"]) == 4 * step - 3
+
+
+def test_saved_on_eight_devices_restored_on_one_and_on_four(tmp_path):
+    def placed(devices):
+        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        return NamedSharding(mesh, PartitionSpec("data"))
+
+    w = jnp.arange(64.0).reshape(16, 4)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jax.device_put(w, placed(8))}, {}, {})
+    for devices in (1, 4):
+        like = {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=placed(devices))}
+        restored = restore(tmp_path, like).state["w"]
+        assert len(restored.sharding.device_set) == devices
+        np.testing.assert_array_equal(restored, w)
+    np.testing.assert_array_equal(restore_part(tmp_path, "w"), w)
+
+
+def test_another_shape_dtype_or_structure_names_the_leaf(tmp_path):
+    write(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit this model") as error:
+        restore(tmp_path, make_state(width=8))
+    expected = "params/conv/kernel: saved float32[3,3,1,4], wanted float32[3,3,1,8]"
+    assert expected in str(error.value)
+    state = make_state()
+    params = {**state.params, "scale": jnp.zeros((), jnp.bfloat16), "new": jnp.zeros(2)}
+    del params["half"]
+    with pytest.raises(CheckpointError) as error:
+        restore(tmp_path, state._replace(params=params))
+    assert "params/scale: saved float32[], wanted bfloat16[]" in str(error.value)
+    assert "params/new: saved nothing, wanted float32[2]" in str(error.value)
+    assert "params/half: saved bfloat16[3], wanted nothing" in str(error.value)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        restore_config(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is empty, no checkpoint"):
+        restore_config(tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match=r"holds thesis\.tex, no checkpoint"):
+        restore(tmp_path, make_state())
+    with pytest.raises(CheckpointError, match=r"not checkpoints: thesis\.tex; choose an empty"):
+        Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        Checkpoints(tmp_path / "new", keep=0)
+
+
+def test_an_unknown_step_lists_the_steps(tmp_path):
+    write(tmp_path, steps=(1, 2))
+    with pytest.raises(CheckpointError, match="has no step 7; it has 1, 2"):
+        restore(tmp_path, make_state(), step=7)
+
+
+def test_a_half_written_step_is_not_a_checkpoint(tmp_path):
+    write(tmp_path)
+    shutil.copytree(tmp_path / "5", tmp_path / "6.orbax-checkpoint-tmp")
+    assert saved_steps(tmp_path) == [5]
+    write(tmp_path, steps=(6,))
+    assert_same(restore(tmp_path, make_state()).state, make_state(6))
+
+
+def largest_file(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGE = {
+    "no files": lambda p: [shutil.rmtree(c) if c.is_dir() else c.unlink() for c in p.iterdir()],
+    "no state": lambda p: shutil.rmtree(p / "state"),
+    "no facts": lambda p: (p / "_CHECKPOINT_METADATA").unlink(),
+    "empty facts": lambda p: (p / "_CHECKPOINT_METADATA").write_text(""),
+    "garbled facts": lambda p: (p / "_CHECKPOINT_METADATA").write_text('{"item_handlers'),
+    "no tree": lambda p: (p / "state" / "_METADATA").unlink(),
+    "garbled tree": lambda p: (p / "state" / "_METADATA").write_text("{}"),
+    "no manifest": lambda p: (p / "state" / "manifest.ocdbt").unlink(),
+    "empty manifest": lambda p: (p / "state" / "manifest.ocdbt").write_bytes(b""),
+    "truncated arrays": lambda p: largest_file(p / "state").write_bytes(b"short"),
+    "no arrays": lambda p: shutil.rmtree(p / "state" / "d"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_the_other_steps_still_restore(tmp_path, damage):
+    write(tmp_path, steps=(4, 5))
+    DAMAGE[damage](tmp_path / "5")
+    with pytest.raises(CheckpointError, match="damaged.*; other steps saved beside it: 4") as error:
+        restore(tmp_path, make_state())
+    assert str(tmp_path / "5") in str(error.value)
+    assert_same(restore(tmp_path, make_state(), step=4).state, make_state(4))
+    gc.collect()  # Orbax leaves tasks unawaited when it fails; they end in this test
+
+
+def test_a_foreign_or_newer_checkpoint(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "5" / "_CHECKPOINT_METADATA"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "custom_metadata": {"who": "someone else"}}))
+    with pytest.raises(CheckpointError, match="was not written by ddim_jax"):
+        restore_config(tmp_path)
+    facts["custom_metadata"]["format"] = checkpoint.FORMAT + 1
+    path.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="format 2, this version reads up to 1: update"):
+        restore_config(tmp_path)

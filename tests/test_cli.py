@@ -1,0 +1,157 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ddim_jax as ddim
+from ddim_jax import cli
+from ddim_jax.presets import PRESETS
+from ddim_jax.unet import abstract_params, count_params
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs `ddim-jax …` in an empty folder; returns what it printed, or raises SystemExit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "keep the test's own")
+    monkeypatch.delenv("DDIM_JAX_DATA", raising=False)
+
+    def run(line):
+        monkeypatch.setattr("sys.argv", ["ddim-jax", *line.split()])
+        cli.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+SMALL = "--model.multipliers 1 --model.attention-resolutions --train.batch-size 4"
+SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.warmup-steps 0"
+
+
+def test_train_resume_sample_info(command, tmp_path):
+    said = command(f"train digits --out run {SHORT} --train.num-steps 2")
+    assert "1,797 images" in said
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="already holds a run; resume it"):
+        command(f"train digits --out run {SHORT} --train.num-steps 4")
+    with pytest.raises(SystemExit, match=r"train.learning_rate: saved 0.002, now 0.5"):
+        command(
+            f"train digits --out run --resume {SHORT} --train.num-steps 4 --train.learning-rate 0.5"
+        )
+    command(f"train digits --out run --resume {SHORT} --train.num-steps 4")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    said = command("info run")
+    assert "checkpoints: [2, 4]" in said
+    assert "preset: digits" in said
+    command("sample run --num-images 3 --steps 2 --out drawn.png")
+    command("export run run.safetensors")
+    with pytest.raises(SystemExit, match=r"run\.safetensors exists"):
+        command("export run run.safetensors")
+    command("sample run.safetensors --num-images 3 --steps 2 --out again.png")
+    assert (tmp_path / "drawn.png").read_bytes()[-500:] == (tmp_path / "again.png").read_bytes()[
+        -500:
+    ]
+
+
+def test_sample_the_shipped_model(command, tmp_path):
+    command("sample digits --num-images 5 --steps 4 --batch-size 2 --eta 0.5")
+    path = tmp_path / "digits-S4-eta0.5-seed0.png"
+    with Image.open(path) as image:
+        facts = json.loads(image.text["ddim_jax"])
+        pixels = np.asarray(image)
+    assert facts == {"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear", "seed": 0}
+    with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
+        command("sample digits --num-images 5 --steps 4 --eta 0.5")
+    command("sample digits --num-images 5 --steps 4 --eta 0.5 --batch-size 5 --overwrite")
+    with Image.open(path) as image:  # another batch size, the same images
+        assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1
+    command("sample digits --num-images 1 --steps 3 --eta 1 --sigma-hat --clip --out hat.png")
+
+
+def test_dry_run_of_every_preset(command, tmp_path):
+    for name, make in PRESETS.items():
+        said = command(f"train {name} --dry-run --train.seed 12")
+        parameters = count_params(abstract_params(make().model))
+        assert f"parameters: {parameters:,}" in said
+        assert "seed: 12" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_parameter_counts():
+    counts = {n: count_params(abstract_params(make().model)) for n, make in PRESETS.items()}
+    assert counts["cifar10"] == 35_746_307
+    assert counts["celeba64"] == 78_700_803
+    assert counts["lsun256"] == 113_673_219
+
+
+def test_presets_say_command_hardware_and_score():
+    for name, make in PRESETS.items():
+        assert f"`ddim-jax train {name}" in make.__doc__
+        assert "Hardware:" in make.__doc__
+        assert re.search("[Ss]core", make.__doc__)
+        assert make().name == name
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("sample nothing", "no model 'nothing'.*shipped model.*digits"),
+        ("sample digits --steps 1001", "S = 1001 and T = 1000"),
+        ("sample digits --eta -1", "eta must be >= 0"),
+        ("sample digits --eta 40", "too large"),
+        ("sample digits --spacing cubic", "unknown spacing 'cubic'"),
+        ("sample digits --sigma-hat", "--sigma-hat takes --eta 1"),
+        ("sample digits --num-images 0", "at least one image"),
+        ("train cifar10 --data-dir nowhere", "no data set 'cifar10'.*tfds build cifar10"),
+        ("train digits --model.image-size 16 --out r", "the network takes"),
+        ("train digits --data.split test --out r", "one split, 'train'"),
+        ("info .", "not a run"),
+    ],
+)
+def test_errors_are_messages(command, line, says):
+    with pytest.raises(SystemExit, match=f"(?s)^ddim-jax: error: .*{says}"):
+        command(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train digits --train.nope 3", "Unrecognized options"),
+        ("train cats", "cats"),
+        ("train digits --train.num-steps many", "many"),
+        ("train digits --train.num-steps -4", "at least 1, got -4"),
+        ("train digits --model.channels 33", "multiple of 32"),
+        ("train digits --model.image-size 9", "multiple of 2"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_usage_errors_name_what_is_wrong(command, line, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(line)
+    assert stop.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_foreign_weights_are_refused(command, tmp_path):
+    (tmp_path / "foreign.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(SystemExit, match="not an intact safetensors file"):
+        command("sample foreign.safetensors")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="is empty, no checkpoint"):
+        command("sample empty")
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    model = ddim.load_model("digits")
+    from ddim_jax.weights import save_weights
+
+    facts = {**model.facts, "model": {**model.facts["model"], "channels": 32}}
+    save_weights(tmp_path / "odd.safetensors", model.params, facts)
+    with pytest.raises(ValueError, match="odd"):
+        ddim.load_model(tmp_path / "odd.safetensors")
+    save_weights(tmp_path / "bare.safetensors", model.params, {"model": {}})
+    with pytest.raises(ValueError, match="no model and schedule"):
+        ddim.load_model(tmp_path / "bare.safetensors")

@@ -1,0 +1,146 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ddim_jax as ddim
+from ddim_jax import oracle
+from ddim_jax.latents import same_latent, slerp, spherical_grid
+
+SCHEDULE = ddim.linear_schedule(1000)
+
+
+def numpy_slerp(a, b, weight):
+    """D.5 for one image, in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    theta = np.arccos(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b))
+    return (np.sin((1 - weight) * theta) * a + np.sin(weight * theta) * b) / np.sin(theta)
+
+
+def latents(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(4, 2), (3, 5, 2), (2, 4, 4, 3)]),
+    weight=st.floats(0, 1),
+)
+def test_slerp_is_d5_image_by_image(seed, shape, weight):
+    a, b = latents(seed, shape), latents(seed + 1, shape)
+    got = slerp(a, b, weight)
+    for i in range(shape[0]):
+        np.testing.assert_allclose(got[i], numpy_slerp(a[i], b[i], weight), atol=5e-4)
+
+
+def test_slerp_takes_one_weight_per_image():
+    a, b, weight = latents(0, (5, 7)), latents(1, (5, 7)), np.linspace(0, 1, 5)
+    got = slerp(a, b, weight)
+    for i in range(5):
+        np.testing.assert_allclose(got[i], numpy_slerp(a[i], b[i], weight[i]), atol=1e-5)
+    np.testing.assert_array_equal(got[0], a[0])
+    np.testing.assert_array_equal(got[-1], b[-1])
+
+
+@given(seed=st.integers(0, 10**6), weight=st.floats(0, 1))
+def test_slerp_of_equal_norms_keeps_the_norm_and_divides_the_angle(seed, weight):
+    a, b = latents(seed, (3, 16)), latents(seed + 1, (3, 16))
+    b = b * (jnp.linalg.norm(a, axis=1) / jnp.linalg.norm(b, axis=1))[:, None]
+    c = np.asarray(slerp(a, b, weight), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(c, axis=1), np.linalg.norm(a, axis=1), rtol=1e-5)
+    whole, part = (
+        np.arccos(
+            np.clip(np.sum(a * v, 1) / np.linalg.norm(a, axis=1) / np.linalg.norm(v, axis=1), -1, 1)
+        )
+        for v in (np.asarray(b), c)
+    )
+    np.testing.assert_allclose(part, weight * whole, atol=2e-3)
+
+
+def test_slerp_does_not_depend_on_the_rest_of_the_batch():
+    a, b = latents(0, (6, 8)), latents(1, (6, 8))
+    scale = jnp.array([1.0, 10, 100, 1, 1, 1000])[:, None]
+    whole = slerp(a * scale, b, 0.3)
+    for i in range(6):
+        np.testing.assert_allclose(
+            slerp((a * scale)[i : i + 1], b[i : i + 1], 0.3)[0], whole[i], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_slerp_end_points_are_exact(weight):
+    a, b = latents(2, (4, 9)), 3 * latents(3, (4, 9))
+    np.testing.assert_array_equal(slerp(a, b, weight), a if weight == 0 else b)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-7, 1e-4, 1e-2])
+def test_slerp_of_nearly_parallel_latents_is_linear(tilt):
+    a = latents(4, (2, 5))
+    b = 2 * a + tilt * latents(5, (2, 5))
+    np.testing.assert_allclose(slerp(a, b, 0.25), 0.75 * a + 0.25 * b, rtol=1e-4, atol=1e-5)
+
+
+def test_slerp_of_opposite_or_zero_latents():
+    a = latents(6, (3, 5))
+    opposite, zero = a.at[1].multiply(-1), a.at[1].set(0)
+    for other in (opposite, zero):
+        with pytest.raises(ValueError, match="image 1"):
+            slerp(a, other, 0.5)
+        traced = jax.jit(slerp)(a, other, 0.5)
+        assert np.isnan(traced[1]).all()
+        assert np.isfinite(traced[jnp.array([0, 2])]).all()
+
+
+def test_spherical_grid():
+    corners = latents(7, (4, 3, 3, 1))
+    grid = spherical_grid(corners, 5, 7)
+    assert grid.shape == (5, 7, 3, 3, 1)
+    for (i, j), corner in zip([(0, 0), (0, -1), (-1, 0), (-1, -1)], corners):
+        np.testing.assert_array_equal(grid[i, j], corner)
+    left, right = (numpy_slerp(corners[k], corners[k + 2], 1 / 4) for k in (0, 1))
+    np.testing.assert_allclose(grid[1, 2], numpy_slerp(left, right, 2 / 6), atol=1e-5)
+
+
+def test_same_latent_images_are_those_of_sample_and_come_together():
+    denoise = oracle.gaussian(SCHEDULE, 0.3, 0.2)
+    x_T = ddim.initial_noise(jax.random.key(0), 16, (3,))
+    taus = [ddim.timesteps(1000, s) for s in (200, 10, 50)]
+    result = same_latent(denoise, x_T, SCHEDULE, taus)
+    for tau, images in zip(taus, result.images):
+        np.testing.assert_array_equal(images, ddim.sample(denoise, x_T, SCHEDULE, tau))
+    rms = np.sqrt(np.mean(np.square(result.images[1] - result.images[0]), axis=1))
+    np.testing.assert_allclose(result.distance[1], rms, rtol=1e-5)
+    longest, ten, fifty = np.asarray(result.distance).mean(axis=1)
+    assert longest == 0
+    assert fifty < ten / 3
+
+
+def test_same_latent_in_a_feature_space():
+    denoise, x_T = oracle.gaussian(SCHEDULE, 0.0, 0.5), latents(8, (4, 3))
+    taus = [ddim.timesteps(1000, 5), ddim.timesteps(1000, 20)]
+    plain = same_latent(denoise, x_T, SCHEDULE, taus)
+    doubled = same_latent(denoise, x_T, SCHEDULE, taus, feature=lambda x: 2 * x)
+    np.testing.assert_allclose(doubled.distance, 2 * plain.distance, rtol=1e-5)
+
+
+A = jnp.ones((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: slerp(A, A[:1], 0.5), ValueError, "one shape"),
+        (lambda: slerp(A, 2 * A, 1.5), ValueError, r"\[0, 1\]"),
+        (lambda: slerp(A, 2 * A, float("nan")), ValueError, r"\[0, 1\]"),
+        (lambda: slerp(A, 2 * A, jnp.ones(3)), ValueError, "per image"),
+        (lambda: slerp(A.astype(int), A, 0.5), TypeError, "floating"),
+        (lambda: spherical_grid(jnp.ones((3, 2)), 3, 3), ValueError, "four"),
+        (lambda: spherical_grid(jnp.ones((4, 2)), 1, 3), ValueError, "rows"),
+        (lambda: same_latent(lambda x, t: x, A, SCHEDULE, []), ValueError, "at least one"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

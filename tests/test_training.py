@@ -1,0 +1,376 @@
+"""Training: the update against float64 NumPy, closed forms, exact resume, divergence, export."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddim_jax import training
+from ddim_jax.checkpoint import CheckpointError, restore_config, restore_part, saved_steps
+from ddim_jax.data import Dataset
+from ddim_jax.schedule import linear_schedule, schedule_from_alpha_bar
+from ddim_jax.training import TrainConfig, fit, init_state, make_train_step
+
+SCHEDULE = linear_schedule(10, 0.01, 0.3)
+
+
+def affine(params, x, t, dropout_key=None, labels=None):
+    """The smallest network with weights; ten per cent dropout when it gets a key."""
+    out = params["w"] * x + params["b"]
+    if dropout_key is not None:
+        out = out * jax.random.bernoulli(dropout_key, 0.9, x.shape).astype(x.dtype)
+    return out
+
+
+def affine_params():
+    return {"w": jnp.float32(0.5), "b": jnp.float32(-0.25)}
+
+
+def make_config(**changes):
+    small = {"batch_size": 8, "num_steps": 12, "log_every": 2, "checkpoint_every": 4}
+    return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
+
+
+def make_batch(size, seed=0, shape=(4, 4, 1)):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, *shape), np.uint8)
+    return {"image": images, "label": rng.integers(0, 10, size, np.int32)}
+
+
+def make_dataset(size=40):
+    arrays = make_batch(size)
+
+    def read(indices):
+        return arrays["image"][indices], arrays["label"][indices]
+
+    return Dataset("noise", "train", size, (4, 4, 1), 10, {"name": "noise"}, read)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(x, y)
+
+
+# The step.
+
+
+@pytest.mark.parametrize("grad_clip", [0.05, 1e6])
+def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch, grad_clip):
+    def toy_loss(denoise, schedule, x_0, key):  # least squares: no noise, no t
+        error = denoise(x_0, jnp.ones(x_0.shape[:1], jnp.int32)) - 0.3
+        return (error * error).mean()
+
+    monkeypatch.setattr(training, "loss", toy_loss)
+    config = make_config(grad_clip=grad_clip, ema_decay=0.8, adam_b1=0.8, adam_b2=0.95)
+    step = make_train_step(lambda p, x, t, _: affine(p, x, t), SCHEDULE, config)
+    state = init_state(affine_params(), config)
+
+    theta, ema = np.array([0.5, -0.25]), np.array([0.5, -0.25])
+    m, v = np.zeros(2), np.zeros(2)
+    for n in range(1, 41):
+        batch = make_batch(8, seed=n)
+        state, metrics = step(state, batch)
+
+        x = batch["image"] / 255 * 2 - 1
+        error = theta[0] * x + theta[1] - 0.3
+        grad = np.array([(2 * error * x).mean(), (2 * error).mean()])
+        norm = np.sqrt((grad**2).sum())
+        np.testing.assert_allclose(metrics["loss"], (error**2).mean(), rtol=1e-4)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
+        grad *= min(1, grad_clip / norm)
+        m, v = 0.8 * m + 0.2 * grad, 0.95 * v + 0.05 * grad**2
+        rate = 0.01 * min(1, n / 5)
+        theta = theta - rate * (m / (1 - 0.8**n)) / (np.sqrt(v / (1 - 0.95**n)) + 1e-8)
+        decay = min(0.8, n / (9 + n))
+        ema = decay * ema + (1 - decay) * theta
+        np.testing.assert_allclose([state.params["w"], state.params["b"]], theta, atol=2e-5)
+        np.testing.assert_allclose([state.ema["w"], state.ema["b"]], ema, atol=2e-5)
+    assert int(state.step) == 40
+    assert np.abs(theta - [0.5, -0.25]).max() > 0.1  # it went somewhere
+
+
+def test_training_finds_the_optimal_linear_denoiser():
+    """Pixels ±1 have mean 0 and variance 1, so the best ε(x, t) = w_t x has w_t = √(1 − ᾱ_t)."""
+    alpha_bar = np.array([1, 0.8, 0.4, 0.05])
+    config = make_config(learning_rate=0.02, warmup_steps=0, ema_decay=0.99)
+
+    def apply_fn(params, x, t, dropout_key=None):
+        return params["w"][t - 1][:, None, None, None] * x
+
+    step = make_train_step(apply_fn, schedule_from_alpha_bar(alpha_bar), config)
+    state = init_state({"w": jnp.zeros(3)}, config)
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        images = rng.integers(0, 2, (64, 8, 8, 1)).astype(np.uint8) * 255
+        state, _ = step(state, {"image": images, "label": np.zeros(64, np.int32)})
+    np.testing.assert_allclose(state.ema["w"], np.sqrt(1 - alpha_bar[1:]), atol=0.02)
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    steps = {seed: make_train_step(affine, SCHEDULE, make_config(seed=seed)) for seed in (0, 1)}
+
+    def first_loss(seed, n):
+        state = init_state(affine_params(), make_config())._replace(step=jnp.int32(n))
+        return float(steps[seed](state, make_batch(8))[1]["loss"])
+
+    losses = {(seed, n): first_loss(seed, n) for seed in (0, 1) for n in (0, 1)}
+    assert len(set(losses.values())) == 4
+    assert all(first_loss(*key) == value for key, value in losses.items())
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_flips_mirror_half_of_the_images(monkeypatch, flip):
+    # Each image is black on its left half and white on its right: mirrored or not shows in ±1.
+    images = np.zeros((64, 2, 4, 1), np.uint8)
+    images[:, :, 2:] = 255
+
+    def toy_loss(denoise, schedule, x_0, key):
+        side = jnp.array([-1.0, -1.0, 1.0, 1.0])[None, None, :, None]
+        return (x_0 * side).mean() + 0.0 * denoise(x_0, jnp.ones(64, jnp.int32)).mean()
+
+    monkeypatch.setattr(training, "loss", toy_loss)
+    config = make_config(flip=flip)
+    step, state = make_train_step(affine, SCHEDULE, config), init_state(affine_params(), config)
+    means = []
+    for _ in range(40):
+        state, metrics = step(state, {"image": images, "label": np.zeros(64, np.int32)})
+        means.append(float(metrics["loss"]))
+    if not flip:
+        assert set(means) == {1.0}
+    else:  # the mean of 64 fair ±1 has standard deviation 1/8
+        assert abs(np.mean(means)) < 4 / np.sqrt(64 * 40)
+        assert 0.6 / 8 < np.std(means) < 1.4 / 8
+
+
+def test_labels_reach_the_network_and_some_are_hidden(monkeypatch):
+    def apply_fn(params, x, t, dropout_key=None, labels=None):
+        return params["w"] * (labels == 7).astype(x.dtype)[:, None, None, None] + 0.0 * x
+
+    monkeypatch.setattr(training, "loss", lambda f, s, x, key: f(x, None).mean())
+    config = make_config(label_dropout=0.2)
+    step = make_train_step(apply_fn, SCHEDULE, config, num_classes=7)
+    batch = {
+        "image": np.zeros((500, 1, 1, 1), np.uint8),
+        "label": np.arange(500, dtype=np.int32) % 7,
+    }
+    state = init_state({"w": jnp.float32(1)}, config)
+    hidden = []
+    for n in range(10):
+        w = float(state.params["w"])
+        state, metrics = step(state._replace(step=jnp.int32(n)), batch)
+        hidden.append(float(metrics["loss"]) / w)
+    assert abs(np.mean(hidden) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 5000)
+
+
+def test_the_step_compiles_once_and_consumes_its_state():
+    config = make_config()
+    step = make_train_step(affine, SCHEDULE, config)
+    params = affine_params()
+    state = init_state(params, config)
+    for n in range(4):
+        old, (state, _) = state, step(state, make_batch(8, seed=n))
+        assert old.params["w"].is_deleted()
+        assert old.ema["w"].is_deleted()
+    assert step._cache_size() == 1
+    assert not params["w"].is_deleted()  # the caller's parameters are copied
+
+
+def test_sharded_over_eight_devices_it_is_the_same_step():
+    config = make_config()
+    step = make_train_step(affine, SCHEDULE, config)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+
+    def run(state_sharding, batch_sharding):
+        state = jax.device_put(init_state(affine_params(), config), state_sharding)
+        losses = []
+        for n in range(5):
+            batch = jax.device_put(make_batch(16, seed=n), batch_sharding)
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return losses
+
+    one = run(jax.devices()[0], jax.devices()[0])
+    eight = run(NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_the_step_exports_to_tpu_and_cuda_without_its_weights():
+    def apply_fn(params, x, t, dropout_key=None):
+        hidden = jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x + hidden.mean(-1, keepdims=True) * params["scale"].mean()
+
+    config = make_config(flip=True)
+    params = {"kernel": jnp.zeros((3, 3, 1, 64)), "scale": jnp.zeros(100_000)}
+    state = jax.eval_shape(lambda p: init_state(p, config), params)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_batch(8)))
+    step = make_train_step(apply_fn, SCHEDULE, config)
+    exported = jax.export.export(step, platforms=("tpu", "cuda"))(state, batch)
+    assert exported.platforms == ("tpu", "cuda")
+    assert len(exported.mlir_module_serialized) < 100_000  # the weights alone are 400 kB
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("num_steps", -3, "num_steps must be at least 1"),
+        ("learning_rate", 0.0, "learning_rate must be positive"),
+        ("learning_rate", float("nan"), "learning_rate must be positive"),
+        ("grad_clip", float("inf"), "grad_clip must be positive and finite"),
+        ("warmup_steps", -1, "warmup_steps must be at least 0"),
+        ("adam_b1", 1.0, r"adam_b1 must be in \[0, 1\)"),
+        ("ema_decay", 1.0, r"ema_decay must be in \[0, 1\)"),
+        ("label_dropout", 1.5, r"label_dropout must be in \[0, 1\]"),
+        ("seed", -1, "seed must be in 0"),
+        ("keep", 0, "keep must be at least 1"),
+        ("checkpoint_every", 5, "checkpoint_every must be a multiple of log_every = 2, got 5"),
+    ],
+)
+def test_a_config_rejects(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**{field: value})
+
+
+# The loop.
+
+
+def train(directory, config=None, **options):
+    options = {"progress": False, "facts": {"model": {"kind": "affine"}}, **options}
+    dataset = options.pop("dataset", make_dataset())
+    return fit(
+        affine, affine_params(), SCHEDULE, dataset, config or make_config(), directory, **options
+    )
+
+
+def logged(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):
+    seen = []
+    config = make_config(num_steps=11, keep=2)
+    state = train(tmp_path, config, progress=True, on_log=lambda s, line: seen.append(line))
+    assert saved_steps(tmp_path / "checkpoints") == [8, 11]
+    assert_same(restore_part(tmp_path / "checkpoints", "ema"), state.ema)
+    saved = restore_config(tmp_path / "checkpoints")
+    assert TrainConfig(**saved["train"]) == config
+    assert (saved["model"], saved["data"]) == ({"kind": "affine"}, {"name": "noise"})
+    assert [line["step"] for line in seen] == [2, 4, 6, 8, 10, 11]
+    assert seen == [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(line["images_per_second"] > 0 for line in seen)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    assert "11/11" in capsys.readouterr().err
+
+
+def test_logged_values_are_means_over_the_interval(tmp_path):
+    train(tmp_path / "each", make_config(log_every=1))
+    train(tmp_path / "four", make_config(log_every=4))
+    each = np.array(logged(tmp_path / "each"))
+    four = np.array(logged(tmp_path / "four"))
+    np.testing.assert_allclose(four[:, 1:], each[:, 1:].reshape(3, 4, 2).mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("killed_at", [2, 6, 10])
+def test_a_resumed_run_is_the_unbroken_run(tmp_path, killed_at):
+    unbroken = train(tmp_path / "unbroken")
+
+    def kill(state, line):
+        if line["step"] == killed_at:
+            raise KeyboardInterrupt
+
+    config = make_config(checkpoint_every=2)
+    if killed_at == 2:  # before the first checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "broken", config, on_log=kill)
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            train(tmp_path / "broken", resume=True)
+        return
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken", config, on_log=kill)
+    assert max(saved_steps(tmp_path / "broken" / "checkpoints")) == killed_at - 2
+    resumed = train(tmp_path / "broken", resume=True)
+    assert_same(resumed, unbroken)
+    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    unbroken = train(tmp_path / "long", make_config(num_steps=20))
+    train(tmp_path / "short", make_config(num_steps=8))
+    assert_same(train(tmp_path / "short", make_config(num_steps=20), resume=True), unbroken)
+    assert logged(tmp_path / "short") == logged(tmp_path / "long")
+
+
+def test_a_torn_last_line_of_metrics_is_dropped_on_resume(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    whole = logged(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(tmp_path, make_config(num_steps=8), resume=True)
+    assert logged(tmp_path)[:2] == whole
+    assert [step for step, _, _ in logged(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    before = logged(tmp_path)
+    with pytest.raises(FileExistsError, match="already holds a run; resume it, or choose another"):
+        train(tmp_path)
+    assert logged(tmp_path) == before
+    with pytest.raises(CheckpointError, match="does not exist"):
+        train(tmp_path / "nowhere", resume=True)
+
+
+def test_resuming_another_run_shows_the_differences(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    with pytest.raises(ValueError, match="must keep its configuration") as error:
+        train(
+            tmp_path, make_config(learning_rate=0.5), facts={"model": {"kind": "mlp"}}, resume=True
+        )
+    assert "train.learning_rate: saved 0.01, now 0.5" in str(error.value)
+    assert "model.kind: saved 'affine', now 'mlp'" in str(error.value)
+    assert "num_steps" not in str(error.value)
+    other = dataclasses.replace(make_dataset(), provenance={"name": "other"})
+    with pytest.raises(ValueError, match="data.name: saved 'noise', now 'other'"):
+        train(tmp_path, dataset=other, resume=True)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_divergence_names_the_step_and_leaves_good_checkpoints(tmp_path, monkeypatch, where):
+    # The loss −w has the gradient −1, so that Adam without warm-up moves w by learning_rate a
+    # step: step n starts from w = 0.01 (n − 1), and w > 0.065 first holds at step 8.
+    def toy_loss(denoise, schedule, x_0, key):
+        w = denoise(x_0, None).mean()
+        if where == "loss":
+            return -w + jnp.where(w > 0.065, jnp.nan, 0.0)
+        return jax.lax.cond(w > 0.065, lambda w: jnp.sqrt(0.0 * w), lambda w: -w, w)  # slope 0 · ∞
+
+    monkeypatch.setattr(training, "loss", toy_loss)
+
+    def apply_fn(params, x, t, dropout_key=None):
+        return params["w"] + 0.0 * x
+
+    config = make_config(num_steps=40, log_every=5, checkpoint_every=5, warmup_steps=0)
+    name = "loss" if where == "loss" else "grad_norm"
+    with pytest.raises(FloatingPointError, match=f"{name} is nan at step 8: training stopped"):
+        fit(
+            apply_fn,
+            {"w": jnp.float32(0)},
+            SCHEDULE,
+            make_dataset(),
+            config,
+            tmp_path,
+            progress=False,
+        )
+    assert saved_steps(tmp_path / "checkpoints") == [5]
+    w = restore_part(tmp_path / "checkpoints", "params")["w"]
+    np.testing.assert_allclose(w, 0.05, rtol=1e-4)
