@@ -44,6 +44,7 @@ from ddim_jax.schedule import (
     schedule_from_alpha_bar,
     schedule_from_betas,
 )
+from ddim_jax.tau_search import StepErrors, optimise_timesteps, refine_timesteps, step_errors
 from ddim_jax.timesteps import as_timesteps, timesteps
 
 __version__ = "0.1.0"
