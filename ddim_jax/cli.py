@@ -190,14 +190,14 @@ def _train(
 def _demo(
     out: pathlib.Path = pathlib.Path("demo"),
     num_steps: int | None = None,
-    num_samples: int = 400,
+    num_samples: int = 250,
 ) -> None:
     """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
 
     Args:
       out: the folder to write; an interrupted demo is continued.
       num_steps: training steps, the preset's by default.
-      num_samples: samples behind each Fréchet distance, five times as many for S = 50, η = 0.
+      num_samples: samples behind each Fréchet distance, eight times as many for S = 50, η = 0.
     """
     from ddim_jax import demo
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax._types import Array, ArrayLike, Denoiser, is_concrete
-from ddim_jax.process import check_signal, step, to_x0_eps
+from ddim_jax.process import step, to_x0_eps
 from ddim_jax.sampling import Steps, call, check_batch, make_steps
 from ddim_jax.schedule import Schedule
 
@@ -183,8 +183,12 @@ def _integrals(xp: Any, node: Any, known: np.ndarray, start: Any, end: Any, vari
 
 def _sigma(steps: Steps) -> Any:
     """(S+1,) σ = √((1 − ᾱ)/ᾱ) along the steps, ending in 0."""
-    check_signal(steps.coefficients, "eps")
     c: Any = steps.coefficients
+    if is_concrete(c) and not np.all(np.asarray(c.sqrt_alpha_bar_t) > 0):
+        raise ValueError(
+            "alpha_bar[t] = 0 (zero terminal SNR) at the first step: sigma is infinite there, and "
+            "a multistep method cannot start; use `sample`, or a tau that stops before T"
+        )
     xp: Any = np if is_concrete(c) else jnp
     sigma = c.sqrt_one_minus_alpha_bar_t / c.sqrt_alpha_bar_t
     return xp.concatenate([sigma, xp.zeros_like(sigma[:1])])

@@ -284,7 +284,10 @@ def _flatten(schedule: Schedule, x: Array, t: ArrayLike) -> tuple[Array, Array, 
     x = check_batch(x)
     if jnp.shape(t) not in ((), x.shape[:1]):
         raise ValueError(f"t must be a scalar or {x.shape[:1]}, got shape {jnp.shape(t)}")
-    flat = x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    if is_concrete(t) and np.min(np.asarray(t), initial=1) < 1:
+        raise ValueError(f"t must lie in 1..T = 1..{schedule.num_steps}, got {t}")
+    dtype = x.dtype if x.dtype.itemsize >= 4 else jnp.float32
+    flat = x.reshape(x.shape[0], -1).astype(dtype)
     c = coefficients(schedule, t, t * 0)
     a, b = (
         jnp.broadcast_to(_as(v, flat), x.shape[:1])[:, None]

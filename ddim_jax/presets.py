@@ -61,13 +61,14 @@ def digits() -> Preset:
             dropout=0.0,
         ),
         TrainConfig(
-            batch_size=64,
-            num_steps=1500,
+            batch_size=32,
+            num_steps=1600,
             learning_rate=2e-3,
             warmup_steps=100,
+            cosine_decay=True,
             ema_decay=0.999,
             log_every=50,
-            checkpoint_every=500,
+            checkpoint_every=400,
         ),
     )
 
@@ -96,6 +97,7 @@ def mnist() -> Preset:
             num_steps=3000,
             learning_rate=1e-3,
             warmup_steps=200,
+            cosine_decay=True,
             ema_decay=0.999,
             log_every=50,
             checkpoint_every=500,

@@ -43,6 +43,8 @@ class TrainConfig:
       num_steps: optimiser steps in all.
       learning_rate: Adam's, after the warm-up.
       warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).
+      cosine_decay: multiply the rate by ½(1 + cos(π n/num_steps)): better for short runs. num_steps
+        is then part of what a resumed run must keep.
       grad_clip: largest global norm of the gradient; a larger one is scaled down to it.
       adam_b1: decay of the mean of the gradient.
       adam_b2: decay of the mean of its square.
@@ -68,6 +70,7 @@ class TrainConfig:
     num_steps: int = 800_000
     learning_rate: float = 2e-4
     warmup_steps: int = 5000
+    cosine_decay: bool = False
     grad_clip: float = 1.0
     adam_b1: float = 0.9
     adam_b2: float = 0.999
@@ -104,7 +107,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then Adam (Kingma & Ba 2015) with linear warm-up.
+    """Clipping by global norm, then Adam (Kingma & Ba 2015) with warm-up, and decay if asked.
 
     Args:
       config: its optimiser fields.
@@ -120,7 +123,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """
 
     def rate(count: jax.Array) -> jax.Array:
-        return config.learning_rate * jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
+        warm = jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
+        if config.cosine_decay:
+            warm *= (1 + jnp.cos(jnp.pi * count / config.num_steps)) / 2
+        return config.learning_rate * warm
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
@@ -356,7 +362,10 @@ def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     def flat(config: dict[str, Any]) -> dict[str, Any]:
         paths = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda v: v is None)[0]
         named = {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in paths}
-        return {n: v for n, v in named.items() if n.removeprefix("train.") not in FREE_ON_RESUME}
+        free = {f"train.{name}" for name in FREE_ON_RESUME}
+        if named.get("train.cosine_decay"):
+            free.remove("train.num_steps")
+        return {name: value for name, value in named.items() if name not in free}
 
     a, b = flat(saved), flat(wanted)
     differ = [

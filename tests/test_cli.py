@@ -27,7 +27,7 @@ def command(monkeypatch, tmp_path, capsys):
 
 
 SMALL = "--model.multipliers 1 --model.attention-resolutions --train.batch-size 4"
-SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.warmup-steps 0"
+SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.no-cosine-decay"
 
 
 def test_train_resume_sample_info(command, tmp_path):

@@ -59,14 +59,22 @@ def assert_same(a, b):
 # The step.
 
 
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("grad_clip", [0.05, 1e6])
-def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch, grad_clip):
+def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch, grad_clip, decay):
     def toy_loss(denoise, schedule, x_0, key):  # least squares: no noise, no t
         error = denoise(x_0, jnp.ones(x_0.shape[:1], jnp.int32)) - 0.3
         return (error * error).mean()
 
     monkeypatch.setattr(training, "loss", toy_loss)
-    config = make_config(grad_clip=grad_clip, ema_decay=0.8, adam_b1=0.8, adam_b2=0.95)
+    config = make_config(
+        grad_clip=grad_clip,
+        ema_decay=0.8,
+        adam_b1=0.8,
+        adam_b2=0.95,
+        num_steps=40,
+        cosine_decay=decay,
+    )
     step = make_train_step(lambda p, x, t, _: affine(p, x, t), SCHEDULE, config)
     state = init_state(affine_params(), config)
 
@@ -84,10 +92,10 @@ def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch,
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
         grad *= min(1, grad_clip / norm)
         m, v = 0.8 * m + 0.2 * grad, 0.95 * v + 0.05 * grad**2
-        rate = 0.01 * min(1, n / 5)
+        rate = 0.01 * min(1, n / 5) * (np.cos(np.pi * (n - 1) / 40) / 2 + 0.5 if decay else 1)
         theta = theta - rate * (m / (1 - 0.8**n)) / (np.sqrt(v / (1 - 0.95**n)) + 1e-8)
-        decay = min(0.8, n / (9 + n))
-        ema = decay * ema + (1 - decay) * theta
+        kept = min(0.8, n / (9 + n))
+        ema = kept * ema + (1 - kept) * theta
         np.testing.assert_allclose([state.params["w"], state.params["b"]], theta, atol=2e-5)
         np.testing.assert_allclose([state.ema["w"], state.ema["b"]], ema, atol=2e-5)
     assert int(state.step) == 40
@@ -308,6 +316,12 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     train(tmp_path / "short", make_config(num_steps=8))
     assert_same(train(tmp_path / "short", make_config(num_steps=20), resume=True), unbroken)
     assert logged(tmp_path / "short") == logged(tmp_path / "long")
+
+
+def test_a_decaying_rate_ties_the_run_to_its_length(tmp_path):
+    train(tmp_path, make_config(num_steps=4, cosine_decay=True))
+    with pytest.raises(ValueError, match=r"train\.num_steps: saved 4, now 8"):
+        train(tmp_path, make_config(num_steps=8, cosine_decay=True), resume=True)
 
 
 def test_a_torn_last_line_of_metrics_is_dropped_on_resume(tmp_path):

@@ -1,0 +1,174 @@
+"""Optimised τ: the dynamic programme against all subsets, the errors against plain loops."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddim_jax as ddim
+from ddim_jax import oracle
+from ddim_jax.tau_search import StepErrors
+from tests import reference
+
+SCHEDULE = ddim.linear_schedule(40, 0.001, 0.3)
+MEANS = np.array([[-1.0, 0.5], [1.0, 0.0], [0.2, 1.0]])
+DENOISE = oracle.mixture(SCHEDULE, MEANS, 0.05)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+def test_step_errors_against_loops(prediction):
+    a = reference.alpha_bar_linear(40, 0.001, 0.3)
+    x_T = np.random.default_rng(0).normal(size=(6, 2))
+
+    def eps(x, t):
+        s = 0.05 * a[t] + 1 - a[t]
+        r = x[:, None] - np.sqrt(a[t]) * MEANS[None]
+        p = np.exp(-(r**2).sum(-1) / (2 * s))
+        return np.sqrt(1 - a[t]) * ((p / p.sum(1, keepdims=True))[..., None] * r).sum(1) / s
+
+    x, path = x_T, {}
+    for t in range(40, 0, -1):
+        path[t] = x
+        x = one_step(eps, x, a, t, t - 1)
+    path[0] = x
+    candidates = [3, 10, 11, 25, 38]
+
+    def rms(x):
+        return np.sqrt((x**2).mean(1)).mean()
+
+    expected = np.full((5, 6), np.inf)
+    for i, t in enumerate(candidates):
+        for j, s in enumerate([0, *candidates]):
+            if s < t:
+                expected[i, j] = rms(one_step(eps, path[t], a, t, s) - path[s])
+
+    def network(x, t):
+        if prediction == "eps":
+            return DENOISE(x, t)
+        c = ddim.coefficients(SCHEDULE, t, t * 0)
+        return ddim.from_x0_eps(c, *ddim.to_x0_eps(c, x, DENOISE(x, t)), prediction)
+
+    got = ddim.step_errors(
+        network, jnp.asarray(x_T, jnp.float32), SCHEDULE, candidates, prediction=prediction
+    )
+    np.testing.assert_array_equal(got.t, candidates)
+    np.testing.assert_allclose(got.error, expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(got.start, [rms(x_T - path[t]) for t in candidates], rtol=1e-3)
+
+
+def one_step(eps, x, a, t, s):
+    """Eq. 12 at η = 0."""
+    e = eps(x, t)
+    return np.sqrt(a[s]) * (x - np.sqrt(1 - a[t]) * e) / np.sqrt(a[t]) + np.sqrt(1 - a[s]) * e
+
+
+@pytest.mark.parametrize("S", [1, 2, 4, 8])
+def test_dynamic_programme_against_all_subsets(S):
+    rng = np.random.default_rng(S)
+    t = np.array([2, 5, 9, 14, 20, 27, 35, 40])
+    for _ in range(20):
+        error, start = rng.uniform(0.1, 1, (8, 9)), rng.uniform(0, 1, 8)
+
+        def total(chosen, error=error, start=start):
+            pairs = zip(chosen, [-1, *chosen[:-1]], strict=True)
+            return start[chosen[-1]] ** 2 + sum(error[i, j + 1] ** 2 for i, j in pairs)
+
+        best = min(itertools.combinations(range(8), S), key=total)
+        tau = ddim.optimise_timesteps(StepErrors(t, error, start), S)
+        np.testing.assert_array_equal(tau, t[list(best)])
+        np.testing.assert_array_equal(tau, ddim.as_timesteps(tau, 40))
+
+
+def test_weights_can_be_arguments():
+    x_T = jax.random.normal(jax.random.key(0), (4, 2))
+
+    def errors(scale, x_T):
+        return ddim.step_errors(lambda x, t: scale * DENOISE(x, t), x_T, SCHEDULE)
+
+    jitted = jax.jit(errors)(jnp.float32(0.9), x_T)
+    np.testing.assert_allclose(jitted.error, errors(0.9, x_T).error, rtol=1e-3, atol=1e-5)
+    assert len(ddim.optimise_timesteps(jitted, 7)) == 7
+
+
+def test_refinement_never_loses_and_stops_at_the_best():
+    x_T = jax.random.normal(jax.random.key(0), (64, 2))
+    sampler = jax.jit(lambda x_T, tau: ddim.sample(DENOISE, x_T, SCHEDULE, tau))
+    x_0 = sampler(x_T, np.arange(1, 41))
+
+    def error(tau):
+        return float(jnp.sqrt(((sampler(x_T, np.asarray(tau, np.int32)) - x_0) ** 2).mean()))
+
+    start = [1, 2, 3]
+    same = ddim.refine_timesteps(sampler, x_T, x_0, start, 40, sweeps=0)
+    np.testing.assert_array_equal(same, start)
+    errors = [
+        error(ddim.refine_timesteps(sampler, x_T, x_0, start, 40, sweeps=n)) for n in (0, 2, 20)
+    ]
+    assert errors[1] < errors[0]
+    assert errors[2] <= errors[1]
+    best = min(error(tau) for tau in itertools.combinations(range(4, 41, 4), 3))
+    assert errors[2] <= 1.1 * best
+
+
+def test_on_digits_better_than_every_spacing():
+    """Error to the fine ODE solution on latents that had no part in the choice."""
+    from sklearn.datasets import load_digits
+
+    schedule = ddim.linear_schedule(1000)
+    denoise = oracle.empirical(schedule, load_digits().images.astype(np.float32)[..., None] / 8 - 1)
+    sampler = jax.jit(lambda x_T, tau: ddim.sample(denoise, x_T, schedule, tau))
+    x_T = ddim.initial_noise(jax.random.key(0), 352, (8, 8, 1))
+    x_0 = sampler(x_T, np.arange(1, 1001))
+    seen, unseen = slice(160), slice(160, 352)
+
+    def error(tau):
+        return float(jnp.sqrt(((sampler(x_T[unseen], tau) - x_0[unseen]) ** 2).mean()))
+
+    def best_spacing(S):
+        return min(
+            error(ddim.timesteps(1000, S, spacing, schedule=schedule))
+            for spacing in ("linear", "quadratic", "logsnr")
+        )
+
+    errors = ddim.step_errors(denoise, x_T[:64], schedule)
+    for S, share in ((5, 0.90), (10, 0.85), (20, 0.80)):
+        assert error(ddim.optimise_timesteps(errors, S)) <= share * best_spacing(S)
+    tau = ddim.refine_timesteps(
+        sampler, x_T[seen], x_0[seen], ddim.optimise_timesteps(errors, 10), 1000, sweeps=4
+    )
+    assert error(tau) <= 0.75 * best_spacing(10)
+
+
+X_T = jnp.ones((4, 2))
+ERRORS = StepErrors(np.array([1, 2]), np.ones((2, 3)), np.zeros(2))
+
+
+def refine(tau=(1, 2), x_0=X_T, sweeps=1, sampler=lambda x, tau: x):
+    return ddim.refine_timesteps(sampler, X_T, x_0, tau, 40, sweeps=sweeps)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ddim.step_errors(DENOISE, X_T.astype(int), SCHEDULE), TypeError, "floating"),
+        (lambda: ddim.step_errors(DENOISE, X_T, SCHEDULE, [0, 3]), ValueError, "1..T"),
+        (lambda: ddim.step_errors(DENOISE, X_T, SCHEDULE, [3, 3]), ValueError, "strictly"),
+        (lambda: ddim.optimise_timesteps(ERRORS, 0), ValueError, "candidates"),
+        (lambda: ddim.optimise_timesteps(ERRORS, 3), ValueError, "candidates"),
+        (
+            lambda: ddim.optimise_timesteps(ERRORS._replace(start=np.array([np.nan, 0])), 1),
+            ValueError,
+            "NaN",
+        ),
+        (lambda: refine(tau=[2, 1]), ValueError, "strictly"),
+        (lambda: refine(tau=[41]), ValueError, "1..T"),
+        (lambda: refine(x_0=jnp.ones((4, 3))), ValueError, "one shape"),
+        (lambda: refine(sweeps=-1), ValueError, "sweeps"),
+        (lambda: refine(sampler=lambda x, tau: x * jnp.nan), ValueError, "nan"),
+    ],
+)
+def test_bad_input(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
