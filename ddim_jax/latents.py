@@ -50,8 +50,11 @@ def slerp(a: Array, b: Array, weight: ArrayLike) -> Array:
       [0.7071, 0.7071]
     """
     a, b = check_batch(a), check_batch(b)
-    if a.shape != b.shape:
-        raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}")
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(
+            f"a and b must be batches (B, ...) of one shape, got {a.shape} and {b.shape}; give a "
+            "single latent a leading axis: a[None]"
+        )
     if jnp.shape(weight) not in ((), a.shape[:1]):
         raise ValueError(
             f"weight must be a scalar or one value per image, {a.shape[:1]}, got shape "
@@ -158,8 +161,10 @@ def same_latent(
       >>> [round(d, 2) for d in distance.mean(axis=1).tolist()]
       [0.15, 0.02, 0.0]
     """
-    if len(taus) == 0:
-        raise ValueError("taus must hold at least one tau, such as timesteps(1000, 10)")
+    if len(taus) == 0 or np.ndim(taus[0]) != 1:
+        raise ValueError("taus must be a list of at least one tau, such as [timesteps(1000, 10)]")
+    if refused := {"eta", "key", "sigma", "use_sigma_hat"} & set(options):
+        raise TypeError(f"same_latent compares at eta = 0 and takes no {sorted(refused)}")
     images = jnp.stack([sample(denoise, x_T, schedule, tau, **options) for tau in taus])
     features = [feature(x) if feature else x for x in images]
     longest = int(np.argmax([len(np.asarray(tau)) for tau in taus]))

@@ -194,7 +194,8 @@ def coefficients(
         )
         raise ValueError(
             f"sigma = {std:.6g} (eta = {eta}) is too large for the step t = {t} -> s = {s}: "
-            f"sigma**2 must not exceed 1 - alpha_bar[s] = {limit:.6g}; eta in [0, 1] always fits"
+            f"sigma**2 must not exceed 1 - alpha_bar[s] = {limit:.6g}, which is 0 at s = 0; eta in "
+            "[0, 1] always fits"
         )
     direction = xp.sqrt(xp.where(radicand < -tolerance, xp.nan, xp.maximum(radicand, 0)))
     noise_scale = _hat(log_t, log_s) if use_sigma_hat else std

@@ -82,9 +82,10 @@ def sample(
 
     x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε_θ(x_t, t) + σ z for (t, s) = (τ_S, τ_{S−1}), …, (τ₁, 0)
 
-    Pure and not jitted: jit your own closure with the weights as arguments, or see
-    `make_sampler`. The network is traced once whatever S is, and memory does not grow with S.
-    With concrete `schedule`, `tau` and η the coefficients are computed in float64 on the host.
+    Pure and not jitted, so that every call compiles anew: jit your own closure with the weights as
+    arguments, or see `make_sampler`. The network is traced once whatever S is, and memory does not
+    grow with S. With concrete `schedule`, `tau` and η the coefficients are computed in float64 on the
+    host.
 
     Args:
       denoise: (x (B, ...), t (B,) int32 in 1..T) → (B, ...), the network's prediction.
@@ -95,13 +96,14 @@ def sample(
       key: a JAX random key, needed when σ may be above 0. At η = 0 it is not used.
       indices: (B,) global numbers of the images, whose noise depends on (key, number, t) alone;
         0..B − 1 by default.
-      sigma: (S,) σ along τ, in place of η.
-      use_sigma_hat: scale the noise by σ̂ instead; the direction keeps σ (App. D.3, with η = 1).
+      sigma: (S,) σ along τ, in place of η; sigma[0] is 0, as the last step ends at s = 0.
+      use_sigma_hat: scale the noise by σ̂ instead; the direction keeps σ(1) (App. D.3; eta=1).
       final_noise: whether σ̂ also adds noise in the last step, to s = 0. (σ(η) is 0 there.)
       prediction: what the network predicts: `"eps"`, `"x_0"` or `"v"`.
       x0_fn: applied to each x̂_0: `clip_x0(1.0)`, `dynamic_threshold()`; by default nothing.
       rederive_eps: whether ε is recomputed from x̂_0 after x0_fn.
-      callback: host function of (number of steps done, t), called during the run, also under jit.
+      callback: host function of (number of steps done, t), scalar arrays, called during the run,
+        also under jit, in no promised order; `jax.effects_barrier()` waits for the last call.
 
     Returns:
       x_0, shape and dtype of x_T.
@@ -140,6 +142,9 @@ def trajectory(
     *,
     at: Sequence[int] | None = None,
     indices: ArrayLike | None = None,
+    sigma: ArrayLike | None = None,
+    use_sigma_hat: bool = False,
+    final_noise: bool = False,
     prediction: str = "eps",
     x0_fn: Callable[[Array], Array] | None = None,
     rederive_eps: bool = True,
@@ -147,8 +152,8 @@ def trajectory(
     """Sample as `sample` does, and keep x_t and x̂_0 at chosen steps (DDIM Eq. 9 and 12).
 
     Args:
-      denoise, x_T, schedule, tau, eta, key, indices, prediction, x0_fn, rederive_eps: as in
-        `sample`; here τ must be concrete.
+      denoise, x_T, schedule, tau, eta, key and the options: as in `sample`; here τ must be
+        concrete.
       at: the t to keep, some of τ; all of τ by default. Memory grows with their number alone.
 
     Returns:
@@ -170,15 +175,16 @@ def trajectory(
         raise TypeError(
             "trajectory needs a concrete tau: the steps to keep are chosen before tracing"
         )
-    steps = make_steps(schedule, tau, eta)
+    noisy = _may_be_noisy(eta, sigma, use_sigma_hat, key)
+    steps = make_steps(
+        schedule, tau, eta, sigma=sigma, use_sigma_hat=use_sigma_hat, final_noise=final_noise
+    )
     check_signal(steps.coefficients, prediction)
     visited = np.asarray(steps.t)
     wanted = visited if at is None else np.unique(np.asarray(at))[::-1]
     if wanted.size == 0 or not np.isin(wanted, visited).all():
         raise ValueError(f"at must name steps that tau visits, got {at}; tau visits {visited}")
-    keys = None
-    if _may_be_noisy(eta, None, False, key):
-        keys = _image_keys(key, x_T.shape[0] if indices is None else indices)
+    keys = _image_keys(key, x_T.shape[0] if indices is None else indices) if noisy else None
     options = _Options(prediction, x0_fn, rederive_eps, None)
     kept = np.isin(visited, wanted)
     slots = np.where(kept, np.cumsum(kept) - 1, len(wanted)).astype(np.int32)
@@ -220,8 +226,8 @@ def make_sampler(
       >>> sampler(0.5, x_T).shape, sampler(0.7, x_T, jax.random.key(1), eta=1.0).shape
       ((4, 8, 8, 1), (4, 8, 8, 1))
     """
-    names = {"sigma", "use_sigma_hat", "final_noise", "prediction", "x0_fn", "rederive_eps"}
-    if unknown := set(options) - (names | {"callback"}):
+    names = {"sigma", "use_sigma_hat", "final_noise", *_Options._fields}
+    if unknown := set(options) - names:
         raise TypeError(
             f"make_sampler got unknown options {sorted(unknown)}; it takes {sorted(names)}"
         )
@@ -299,6 +305,15 @@ def make_steps(
         tau = jnp.asarray(tau)
         if tau.ndim != 1 or not jnp.issubdtype(tau.dtype, jnp.integer):
             raise ValueError(f"tau must be an int vector (S,), got {tau.dtype}{tau.shape}")
+    if sigma is not None and is_concrete(eta) and np.any(np.asarray(eta) != 0):
+        raise ValueError(f"give eta or sigma, not both: got eta = {eta} and a sigma")
+    if use_sigma_hat and (sigma is not None or (is_concrete(eta) and np.any(np.asarray(eta) != 1))):
+        raise ValueError(
+            "use_sigma_hat=True goes with eta=1 and no sigma: the noise is scaled by σ̂ while the "
+            f"direction keeps σ(1) (App. D.3); got eta = {eta}"
+        )
+    if final_noise and not use_sigma_hat:
+        raise ValueError("final_noise=True needs use_sigma_hat=True: σ(η) is 0 in the last step")
     for name, value in (("eta", eta), ("sigma", sigma)):
         if value is not None and np.shape(value) not in ((), tau.shape):
             raise ValueError(
@@ -354,8 +369,8 @@ def check_batch(x: Array) -> Array:
     """Require a floating batch (B, ...)."""
     if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
         raise TypeError(
-            f"expected a floating batch (B, ...), got {getattr(x, 'dtype', type(x).__name__)}; "
-            "scale uint8 images to [-1, 1] first: x / 127.5 - 1"
+            f"expected a floating array (B, ...), got {getattr(x, 'dtype', type(x).__name__)}; "
+            "scale uint8 images to [-1, 1] first (x / 127.5 - 1), and lists by jnp.asarray"
         )
     if x.ndim < 1:
         raise ValueError("expected a batch (B, ...), got a scalar; add a leading axis")
@@ -388,6 +403,11 @@ def _may_be_noisy(
 
 def _image_keys(key: Any, indices: ArrayLike) -> Array:
     """One key per image: fold_in(key, the image's global number)."""
+    dtype = getattr(key, "dtype", None)
+    if dtype == jnp.uint32 and key.shape == (2,):
+        key = jax.random.wrap_key_data(key)  # as jax.random.PRNGKey makes them
+    elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
+        raise TypeError(f"key must be one JAX key, such as jax.random.key(0), got {key!r}")
     if isinstance(indices, int | np.integer):
         indices = np.arange(indices)
     numbers: Any = np.asarray(indices) if is_concrete(indices) else indices

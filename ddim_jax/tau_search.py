@@ -39,9 +39,10 @@ def step_errors(
 ) -> StepErrors:
     """The error of every step t → s of DDIM at η = 0, started on the fine trajectory.
 
-    e(t, s) = mean over latents of RMS over pixels of √ᾱ_s x̂_0(x_t) + √(1 − ᾱ_s) ε_θ(x_t, t) − x_s,
-    where x_T, …, x_0 is the trajectory of τ = 1..T (Eq. 12 at η = 0, the ODE's fine solution).
-    A sampler that starts at t < T takes x_T for x_t: its start costs the RMS of x_T − x_t.
+    e(t, s) = mean over latents of the RMS over pixels of x̄_t + (σ_s − σ_t) ε_θ(x_t, t) − x̄_s,
+    where x̄ = x/√ᾱ, σ = √((1 − ᾱ)/ᾱ) (Eq. 13–14) and x_T, …, x_0 is the fine solution, τ = 1..T.
+    A sampler that starts at t < T takes x_T for x_t: its start costs the RMS of x_T − x_t (not
+    of x̄: in the noise at the start, most of the difference is forgotten again).
 
     T network calls and memory for one trajectory; under `jax.jit` weights can be arguments.
 
@@ -83,7 +84,7 @@ def step_errors(
     x_s = jnp.concatenate([path.sample[None], x_t])
 
     def from_one(inputs: tuple[Array, Array]) -> Array:
-        return _mean_rms(a * inputs[0][None] + b * inputs[1][None] - x_s)
+        return _mean_rms((a * inputs[0][None] + b * inputs[1][None] - x_s) / a)  # Eq. 12 over √ᾱ_s
 
     error = jax.lax.map(from_one, (x_0, eps))
     later = np.append(0, t)[None, :] >= t[:, None]
@@ -94,9 +95,8 @@ def optimise_timesteps(errors: StepErrors, num_samples: int) -> np.ndarray:
     """The S timesteps whose steps have the least total squared error, by dynamic programming.
 
     τ = argmin e(T, τ_S)² + Σ_i e(τ_i, τ_{i−1})², with τ_0 = 0, the minimum over all τ of
-    candidates. Errors are those of single steps: how an error grows or shrinks on its way
-    to x_0 is left out. (Counting it needs many more calls, and did worse: the growth is large
-    just where a latent changes its mind between two images, which few latents do.)
+    candidates. It minimises the errors of single DDIM steps: what becomes of them on the way to
+    x_0 is left out, and a multistep method has other errors. See `refine_timesteps` for both.
 
     Args:
       errors: from `step_errors`; one estimate serves every S.
@@ -154,7 +154,7 @@ def refine_timesteps(
     τ_i by a share of the gap to either neighbour, and keeps what helps; the share starts at 1/4
     and is halved after a sweep that gained less than 1 %. At most 2 S runs of the sampler a sweep.
 
-    Use some hundred latents: with few, it fits them instead of the distribution.
+    Use many latents, 500 or so: with few, it fits them instead of the distribution.
 
     Args:
       sampler: (x_T, τ (S,) int32) → x_0, jitted with τ as an argument, of any kind.

@@ -132,6 +132,7 @@ A = jnp.ones((2, 3))
     ("call", "error", "message"),
     [
         (lambda: slerp(A, A[:1], 0.5), ValueError, "one shape"),
+        (lambda: slerp(A[0], A[0], 0.5), ValueError, "leading axis"),
         (lambda: slerp(A, 2 * A, 1.5), ValueError, r"\[0, 1\]"),
         (lambda: slerp(A, 2 * A, float("nan")), ValueError, r"\[0, 1\]"),
         (lambda: slerp(A, 2 * A, jnp.ones(3)), ValueError, "per image"),

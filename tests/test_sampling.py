@@ -244,6 +244,21 @@ def test_sigma_given_step_by_step():
     np.testing.assert_array_equal(by_eta, by_etas)
 
 
+def test_old_style_keys_draw_the_same():
+    x_T = ddim.initial_noise(jax.random.PRNGKey(3), 4, (8,))
+    np.testing.assert_array_equal(x_T, ddim.initial_noise(jax.random.key(3), 4, (8,)))
+    run = partial(ddim.sample, exact, x_T, SCHEDULE, TAU, 1.0)
+    np.testing.assert_array_equal(run(jax.random.PRNGKey(5)), run(jax.random.key(5)))
+
+
+def test_trajectory_takes_every_kind_of_noise():
+    x_T, key = ddim.initial_noise(jax.random.key(0), 3, (4,)), jax.random.key(1)
+    for options in ({"eta": 1.0, "use_sigma_hat": True}, {"sigma": [0.0, 0.05]}):
+        path = ddim.trajectory(exact, x_T, SCHEDULE, [100, 1000], key=key, **options)
+        want = ddim.sample(exact, x_T, SCHEDULE, [100, 1000], key=key, **options)
+        np.testing.assert_array_equal(path.sample, want)
+
+
 def test_eta_zero_ignores_the_key():
     x_T = ddim.initial_noise(jax.random.key(0), 4, (8,))
     tau = ddim.timesteps(1000, 20)
@@ -397,6 +412,25 @@ KEY = jax.random.key(0)
         (lambda: ddim.sample(lambda x, t: x[:, :1], X, SCHEDULE, TAU), ValueError, "shape of its"),
         (lambda: ddim.sample(exact, X, SCHEDULE, TAU, prediction="z"), ValueError, "'z'"),
         (lambda: ddim.sample(exact, X, SCHEDULE, TAU, 1.0, KEY, indices=[1]), ValueError, "number"),
+        (
+            lambda: ddim.sample(exact, X, SCHEDULE, TAU, 0.0, KEY, use_sigma_hat=True),
+            ValueError,
+            "goes with eta=1",
+        ),
+        (
+            lambda: ddim.sample(exact, X, SCHEDULE, TAU, 0.5, KEY, sigma=[0.0, 0.1]),
+            ValueError,
+            "eta or sigma, not both",
+        ),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, sigma=0.1, key=KEY), ValueError, "s = 0"),
+        (
+            lambda: ddim.sample(exact, X, SCHEDULE, TAU, final_noise=True),
+            ValueError,
+            "use_sigma_hat",
+        ),
+        (lambda: ddim.sample(exact, X, SCHEDULE, TAU, 1.0, 7), TypeError, "one JAX key"),
+        (lambda: ddim.initial_noise(None, 2, (2,)), TypeError, "one JAX key"),
+        (lambda: ddim.sample(exact, [[1.0]], SCHEDULE, TAU), TypeError, "lists"),
         (lambda: ddim.trajectory(exact, X, SCHEDULE, TAU, at=[2]), ValueError, "tau visits"),
         (lambda: ddim.make_sampler(exact, SCHEDULE, TAU, clip=True), TypeError, "'clip'"),
         (lambda: ddim.make_sampler(exact, SCHEDULE, [2, 1]), ValueError, "increase"),
