@@ -84,8 +84,7 @@ def sample(
 
     Pure and not jitted, so that every call compiles anew: jit your own closure with the weights as
     arguments, or see `make_sampler`. The network is traced once whatever S is, and memory does not
-    grow with S. With concrete `schedule`, `tau` and η the coefficients are computed in float64 on the
-    host.
+    grow with S. With concrete `schedule`, `tau` and η the coefficients are float64 from the host.
 
     Args:
       denoise: (x (B, ...), t (B,) int32 in 1..T) → (B, ...), the network's prediction.
