@@ -45,7 +45,9 @@ class Preset:
 def digits() -> Preset:
     """scikit-learn's 8×8 digits, offline: the demo, and the model that ships with the package.
 
-    Command: `ddim-jax train digits`. Hardware: 2 CPU cores. Time: DIGITS_TIME. Score: DIGITS_SCORE
+    Command: `ddim-jax train digits`. Hardware: 2 CPU cores. Time: about 100 seconds. Score:
+    pixel-space Fréchet distance 0.293 at S = 50, η = 0, 2,000 samples (real half against real
+    half: 0.282).
     """
     return Preset(
         "digits",
@@ -74,7 +76,7 @@ def digits() -> Preset:
 
 
 def mnist() -> Preset:
-    """MNIST at 28×28, a network of MNIST_M parameters.
+    """MNIST at 28×28, a network of 3.2 M parameters.
 
     Command: `ddim-jax train mnist --data-dir DIR`. Hardware: 2 CPU cores, or any GPU. Time and
     score: not run.

@@ -42,7 +42,7 @@ def test_step_errors_against_loops(prediction):
     for i, t in enumerate(candidates):
         for j, s in enumerate([0, *candidates]):
             if s < t:
-                expected[i, j] = rms(one_step(eps, path[t], a, t, s) - path[s])
+                expected[i, j] = rms((one_step(eps, path[t], a, t, s) - path[s]) / np.sqrt(a[s]))
 
     def network(x, t):
         if prediction == "eps":
@@ -112,33 +112,46 @@ def test_refinement_never_loses_and_stops_at_the_best():
     assert errors[2] <= 1.1 * best
 
 
-def test_on_digits_better_than_every_spacing():
-    """Error to the fine ODE solution on latents that had no part in the choice."""
+def digits_errors(num_seen, num_unseen, sizes, sweeps):
+    """Error of x_0 on unseen latents: (best spacing, dynamic programme, refined) for each S.
+
+    Against the fine solution of the ODE: 200 steps of order 3, which 1000 change by < 1e-6.
+    """
     from sklearn.datasets import load_digits
 
     schedule = ddim.linear_schedule(1000)
     denoise = oracle.empirical(schedule, load_digits().images.astype(np.float32)[..., None] / 8 - 1)
     sampler = jax.jit(lambda x_T, tau: ddim.sample(denoise, x_T, schedule, tau))
-    x_T = ddim.initial_noise(jax.random.key(0), 352, (8, 8, 1))
-    x_0 = sampler(x_T, np.arange(1, 1001))
-    seen, unseen = slice(160), slice(160, 352)
+    x_T = ddim.initial_noise(jax.random.key(0), num_seen + num_unseen, (8, 8, 1))
+    x_0 = ddim.multistep_sample(denoise, x_T, schedule, ddim.timesteps(1000, 200), 3)
+    errors = ddim.step_errors(denoise, x_T[:64], schedule)
 
     def error(tau):
-        return float(jnp.sqrt(((sampler(x_T[unseen], tau) - x_0[unseen]) ** 2).mean()))
+        difference = sampler(x_T[num_seen:], tau) - x_0[num_seen:]
+        return float(jnp.sqrt((difference**2).mean()))
 
-    def best_spacing(S):
-        return min(
-            error(ddim.timesteps(1000, S, spacing, schedule=schedule))
-            for spacing in ("linear", "quadratic", "logsnr")
+    for S in sizes:
+        spacings = ("linear", "quadratic", "logsnr")
+        best = min(error(ddim.timesteps(1000, S, v, schedule=schedule)) for v in spacings)
+        tau = ddim.optimise_timesteps(errors, S)
+        refined = ddim.refine_timesteps(
+            sampler, x_T[:num_seen], x_0[:num_seen], tau, 1000, sweeps=sweeps
         )
+        yield best, error(tau), error(refined)
 
-    errors = ddim.step_errors(denoise, x_T[:64], schedule)
-    for S, share in ((5, 0.90), (10, 0.85), (20, 0.80)):
-        assert error(ddim.optimise_timesteps(errors, S)) <= share * best_spacing(S)
-    tau = ddim.refine_timesteps(
-        sampler, x_T[seen], x_0[seen], ddim.optimise_timesteps(errors, 10), 1000, sweeps=4
-    )
-    assert error(tau) <= 0.75 * best_spacing(10)
+
+def test_on_digits_better_than_every_spacing():
+    ((best, dynamic, refined),) = digits_errors(128, 288, [10], sweeps=2)
+    assert dynamic <= 0.9 * best
+    assert refined <= 0.8 * best
+
+
+@pytest.mark.slow
+def test_on_digits_a_quarter_better_than_every_spacing():
+    """Measured: 25, 18, 21 % by dynamic programming, 30, 31, 31 % refined, ± 2 or 3 %."""
+    for best, dynamic, refined in digits_errors(512, 1536, [5, 10, 20], sweeps=5):
+        assert dynamic <= 0.88 * best
+        assert refined <= 0.75 * best
 
 
 X_T = jnp.ones((4, 2))
