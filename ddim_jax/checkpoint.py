@@ -214,7 +214,8 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
 
 def _others(path: pathlib.Path) -> str:
     steps = [step for step in saved_steps(path.parent) if step != int(path.name)]
-    return f"; other steps saved beside it: {_list(steps)}" if steps else ""
+    beside = f"; other steps saved beside it: {_list(steps)}"
+    return f"{beside} (move {path.name} elsewhere to use them)" if steps else ""
 
 
 def _list(steps: list[int]) -> str:

@@ -21,7 +21,7 @@ from ddim_jax.unet import abstract_params, build, count_params
 if TYPE_CHECKING:
     from ddim_jax.presets import Preset
 
-ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
+ERRORS = (ValueError, TypeError, OSError, ArithmeticError, ModuleNotFoundError)
 app = tyro.extras.SubcommandApp()
 
 
@@ -62,6 +62,8 @@ def sample(
         raise ValueError(f"--sigma-hat takes --eta 1 (App. D.3), got --eta {eta:g}")
     stem = pathlib.Path(model).resolve().stem
     out = out or pathlib.Path(f"{stem}-S{steps}-eta{eta:g}-seed{seed}.png")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, the format written, got {out}")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another --out, or pass --overwrite")
     loaded = load_model(model)
@@ -108,8 +110,11 @@ def info(model: tyro.conf.Positional[str]) -> None:
 
         facts["checkpoints"] = saved_steps(folder / "checkpoints")
         log = folder / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        facts["last metrics"] = json.loads(lines[-1]) if lines else None
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        whole = [
+            line for line in lines if line.endswith("\n")
+        ]  # a killed run may leave half a line
+        facts["last metrics"] = json.loads(whole[-1]) if whole else None
         files = [path for path in folder.rglob("*") if path.is_file()]
         facts["megabytes"] = round(sum(path.stat().st_size for path in files) / 1e6, 1)
     print(_describe(facts))
@@ -133,7 +138,9 @@ def export(
     from ddim_jax.weights import save_weights
 
     if not run.is_dir():
-        raise ValueError(f"{run} is not a run folder")
+        raise ValueError(f"{run} is not a run folder; the shipped models are weights files already")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another file, or pass --overwrite")
     loaded = load_model(run)
     save_weights(out, loaded.params, loaded.facts, float16=float16, overwrite=overwrite)
     print(f"wrote {out}: {count_params(loaded.params):,} parameters; ddim-jax sample {out}")
@@ -190,14 +197,14 @@ def _train(
 def _demo(
     out: pathlib.Path = pathlib.Path("demo"),
     num_steps: int | None = None,
-    num_samples: int = 250,
+    num_samples: int = 200,
 ) -> None:
     """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
 
     Args:
       out: the folder to write; an interrupted demo is continued.
       num_steps: training steps, the preset's by default.
-      num_samples: samples behind each Fréchet distance, eight times as many for S = 50, η = 0.
+      num_samples: samples behind each Fréchet distance, ten times as many for S = 50, η = 0.
     """
     from ddim_jax import demo
 

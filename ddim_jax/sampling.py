@@ -121,6 +121,7 @@ def sample(
       >>> ddim.sample(exact, x_T, schedule, ddim.timesteps(1000, 50)).shape
       (4, 2)
     """
+    x_T = check_batch(x_T)
     noisy = _may_be_noisy(eta, sigma, use_sigma_hat, key)
     steps = make_steps(
         schedule, tau, eta, sigma=sigma, use_sigma_hat=use_sigma_hat, final_noise=final_noise
@@ -174,6 +175,7 @@ def trajectory(
         raise TypeError(
             "trajectory needs a concrete tau: the steps to keep are chosen before tracing"
         )
+    x_T = check_batch(x_T)
     noisy = _may_be_noisy(eta, sigma, use_sigma_hat, key)
     steps = make_steps(
         schedule, tau, eta, sigma=sigma, use_sigma_hat=use_sigma_hat, final_noise=final_noise
@@ -252,6 +254,7 @@ def make_sampler(
         tau: ArrayLike | Sequence[int] = tau,
         indices: ArrayLike | None = None,
     ) -> Array:
+        x_T = check_batch(x_T)
         steps = make_steps(schedule, tau, eta, **noise_options)
         check_signal(steps.coefficients, run_options.prediction)
         _may_be_noisy(eta, sigma, hat, key)
@@ -408,12 +411,19 @@ def _image_keys(key: Any, indices: ArrayLike) -> Array:
     elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
         raise TypeError(f"key must be one JAX key, such as jax.random.key(0), got {key!r}")
     if isinstance(indices, int | np.integer):
+        if indices < 1:
+            raise ValueError(f"indices must be a number of images >= 1 or a vector, got {indices}")
         indices = np.arange(indices)
     numbers: Any = np.asarray(indices) if is_concrete(indices) else indices
     if numbers.ndim != 1 or not jnp.issubdtype(numbers.dtype, jnp.integer):
         raise ValueError(f"indices must be an int or a vector of ints, got {indices}")
-    if is_concrete(numbers) and numbers.size and numbers.min() < 0:
-        raise ValueError(f"indices must be >= 0, got {numbers.min()}")
+    if is_concrete(numbers) and numbers.size and not 0 <= numbers.min() <= numbers.max() < 2**32:
+        raise ValueError(
+            f"indices must lie in 0..2**32 - 1, got {numbers.min()}..{numbers.max()}; for more "
+            "images take another key"
+        )
+    if is_concrete(numbers):
+        numbers = numbers.astype(np.uint32)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(numbers))
 
 

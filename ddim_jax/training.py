@@ -278,8 +278,8 @@ def fit(
       facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
         "data" (the data set's provenance): {"model": …}, what a reader needs to rebuild apply_fn.
       num_classes: see `make_train_step`.
-      resume: continue from the latest checkpoint, which must exist; without it the folder must
-        not hold a run.
+      resume: continue from the latest checkpoint, or anew if the run died before its first;
+        without it the folder must not hold a run.
       progress: show a progress bar on stderr.
       on_log: called with the state and each line of metrics; the state dies with the next step,
         so copy what you keep.
@@ -301,9 +301,13 @@ def fit(
         raise FileExistsError(
             f"{directory} already holds a run; resume it, or choose another folder"
         )
+    if num_classes not in (None, dataset.num_classes):
+        raise ValueError(
+            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
+        )
     state = init_state(params, config)
     iterator = batches(dataset, config.batch_size, config.seed)
-    if resume:
+    if resume and (saved_steps(folder) or not log_path.exists()):  # else it died before its first
         restored = restore(folder, state)
         _check_same_run(restored.config, config_dict)
         state = restored.state

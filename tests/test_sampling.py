@@ -434,7 +434,9 @@ KEY = jax.random.key(0)
         (lambda: ddim.trajectory(exact, X, SCHEDULE, TAU, at=[2]), ValueError, "tau visits"),
         (lambda: ddim.make_sampler(exact, SCHEDULE, TAU, clip=True), TypeError, "'clip'"),
         (lambda: ddim.make_sampler(exact, SCHEDULE, [2, 1]), ValueError, "increase"),
-        (lambda: ddim.initial_noise(KEY, [-1], (2,)), ValueError, ">= 0"),
+        (lambda: ddim.initial_noise(KEY, [-1], (2,)), ValueError, "0..2"),
+        (lambda: ddim.initial_noise(KEY, [2**32], (2,)), ValueError, "another key"),
+        (lambda: ddim.initial_noise(KEY, 0, (2,)), ValueError, ">= 1"),
         (lambda: ddim.initial_noise(KEY, [0.5], (2,)), ValueError, "ints"),
     ],
 )

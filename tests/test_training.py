@@ -297,15 +297,10 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, killed_at):
             raise KeyboardInterrupt
 
     config = make_config(checkpoint_every=2)
-    if killed_at == 2:  # before the first checkpoint
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "broken", config, on_log=kill)
-        with pytest.raises(CheckpointError, match="no checkpoint"):
-            train(tmp_path / "broken", resume=True)
-        return
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "broken", config, on_log=kill)
-    assert max(saved_steps(tmp_path / "broken" / "checkpoints")) == killed_at - 2
+    saved = saved_steps(tmp_path / "broken" / "checkpoints")
+    assert saved[-1:] == ([killed_at - 2] if killed_at > 2 else [])  # 2: before the first
     resumed = train(tmp_path / "broken", resume=True)
     assert_same(resumed, unbroken)
     assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
@@ -316,6 +311,21 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     train(tmp_path / "short", make_config(num_steps=8))
     assert_same(train(tmp_path / "short", make_config(num_steps=20), resume=True), unbroken)
     assert logged(tmp_path / "short") == logged(tmp_path / "long")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path):
+    unbroken = train(tmp_path / "whole", make_config(num_steps=8))
+    (tmp_path / "dead" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "dead" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 4')
+    assert_same(train(tmp_path / "dead", make_config(num_steps=8), resume=True), unbroken)
+    lines = (tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_another_number_of_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="for 9 classes, noise has 10"):
+        train(tmp_path, num_classes=9)
 
 
 def test_a_decaying_rate_ties_the_run_to_its_length(tmp_path):
