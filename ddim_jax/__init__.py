@@ -2,6 +2,7 @@
 
 from ddim_jax import categorical, oracle
 from ddim_jax._types import Denoiser
+from ddim_jax.clipping import clip_x0, dynamic_threshold
 from ddim_jax.guidance import (
     classifier,
     classifier_free,
@@ -16,11 +17,9 @@ from ddim_jax.objective import loss
 from ddim_jax.pretrained import Model, load_model
 from ddim_jax.process import (
     Coefficients,
-    clip_x0,
     coefficients,
     ddim_sigma,
     ddim_step,
-    dynamic_threshold,
     forward_marginal,
     from_x0_eps,
     posterior,

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import tyro
 
+from ddim_jax.clipping import clip_x0
 from ddim_jax.pretrained import load_model, to_facts
-from ddim_jax.process import clip_x0
 from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.timesteps import timesteps
 from ddim_jax.unet import abstract_params, build, count_params

@@ -20,6 +20,7 @@ FLOORS = [
         "_unet_config",
         "unet",
         "images",
+        "clipping",
     },
     {
         "sampling",
