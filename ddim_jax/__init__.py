@@ -14,7 +14,7 @@ from ddim_jax.inversion import Inversion, encode, invert, reconstruct, reconstru
 from ddim_jax.latents import SameLatent, same_latent, slerp, spherical_grid
 from ddim_jax.multistep import multistep_sample, pf_euler_sample
 from ddim_jax.objective import loss
-from ddim_jax.pretrained import Model, load_model
+from ddim_jax.pretrained import Model, load_model, save_diffusers, save_model
 from ddim_jax.process import (
     Coefficients,
     coefficients,
@@ -36,6 +36,7 @@ from ddim_jax.sampling import (
 )
 from ddim_jax.schedule import (
     Schedule,
+    ScheduleConfig,
     cosine_schedule,
     linear_schedule,
     rescale_zero_terminal_snr,
@@ -45,5 +46,6 @@ from ddim_jax.schedule import (
 )
 from ddim_jax.tau_search import StepErrors, optimise_timesteps, refine_timesteps, step_errors
 from ddim_jax.timesteps import as_timesteps, timesteps
+from ddim_jax.torch_files import load_torch
 
 __version__ = "0.1.0"

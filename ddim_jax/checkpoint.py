@@ -1,10 +1,14 @@
 """Checkpoints of a training run: state, data position and configuration together (Orbax).
 
 A directory holds one checkpoint per saved step, named by it. A save becomes visible at once and
-whole: what a killed process leaves half-written is not taken for a checkpoint.
+whole: what a killed process leaves half-written is not taken for a checkpoint. Each checkpoint
+carries a digest of its arrays, made on the devices: one bit changed on disk is noticed on reading.
 """
 
 import contextlib
+import json
+import logging
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -12,6 +16,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 FORMAT = 1
@@ -23,6 +30,10 @@ Path = str | PathLike[str]
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, foreign, or does not fit what is wanted of it."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are missing, cut short or garbled."""
 
 
 class Restored(NamedTuple):
@@ -87,7 +98,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is on disk, and releases Orbax's threads."""
-        self._orbax.close()
+        with self._writable():
+            self._orbax.close()
 
     def save(
         self,
@@ -105,21 +117,65 @@ class Checkpoints:
           config: JSON-able configuration.
 
         Raises:
-          CheckpointError: the step is not larger than the last.
+          CheckpointError: the step is not larger than the last, or the save before could not be
+            written (the disk is full, say); earlier checkpoints stay.
         """
         latest = self._orbax.latest
         if latest is not None and step <= latest.step:
             raise CheckpointError(f"step {step} does not come after the saved step {latest.step}")
-        facts = {"format": FORMAT, "config": dict(config), "data_state": dict(data_state)}
-        self._orbax.save_checkpointables_async(
-            step, {STATE: state}, force=True, custom_metadata=facts
-        )
+        facts = {
+            "format": FORMAT,
+            "config": config,
+            "data_state": data_state,
+            "digests": _digests(_parts(state)),
+        }
+        facts = json.loads(json.dumps(facts))  # a copy, as it is written later
+        with self._writable():
+            self._orbax.save_checkpointables_async(
+                step, {STATE: state}, force=True, custom_metadata=facts
+            )
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            there = _list(saved_steps(self.directory)) or "none"
+            raise CheckpointError(
+                f"could not write a checkpoint in {self.directory} (is the disk full?); those "
+                f"written before are intact: {there} ({_reason(error)})"
+            ) from error
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps saved in `directory`, ascending; empty if there are none or no directory."""
+    """The steps saved in `directory`, ascending; empty if there are none or no directory.
+
+    Raises:
+      CheckpointError: the directory cannot be listed.
+    """
     path = pathlib.Path(directory)
-    return sorted(int(p.name) for p in path.glob("*") if p.name.isdigit() and p.is_dir())
+    try:
+        found = list(path.iterdir()) if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read the directory {path}: {error}") from error
+    return sorted(int(p.name) for p in found if p.name.isdigit() and p.is_dir())
+
+
+def set_aside(directory: Path, step: int) -> pathlib.Path:
+    """Moves a damaged checkpoint to `damaged/` beside `directory`; nothing is deleted.
+
+    Args:
+      directory: where `Checkpoints` wrote; no `Checkpoints` may be open on it.
+      step: which checkpoint.
+
+    Returns:
+      Where it is now.
+    """
+    directory = pathlib.Path(directory).resolve()
+    shelf = directory.parent / "damaged"
+    shelf.mkdir(exist_ok=True)
+    taken = sum(p.name.split("-")[0] == str(step) for p in shelf.iterdir())
+    return (directory / str(step)).rename(shelf / (f"{step}-{taken}" if taken else str(step)))
 
 
 def restore(directory: Path, like: PyTree, step: int | None = None) -> Restored:
@@ -135,13 +191,15 @@ def restore(directory: Path, like: PyTree, step: int | None = None) -> Restored:
       `Restored`.
 
     Raises:
-      CheckpointError: no such checkpoint, a damaged or foreign one, or leaves that differ from
-        `like`; the message names them.
+      DamagedError: its files are missing, cut short or garbled.
+      CheckpointError: no such checkpoint, a foreign one, or leaves that differ from `like`; the
+        message names them.
     """
     path, facts, saved = _open(directory, step)
     _check_same(path, _leaves(saved), _leaves(like))
     with _readable(path):
         state = ocp.load_checkpointables(path, {STATE: jax.tree.map(_abstract, like)})[STATE]
+    _verify(path, facts, _parts(state))
     return Restored(int(path.name), state, facts["data_state"], facts["config"])
 
 
@@ -159,15 +217,22 @@ def restore_part(directory: Path, part: str = "ema", step: int | None = None) ->
     Raises:
       CheckpointError: as `restore`, or there is no such part.
     """
-    path, _, saved = _open(directory, step)
+    path, facts, saved = _open(directory, step)
     if part not in saved:
         raise CheckpointError(f"{path} has no part {part!r}; it has {', '.join(sorted(saved))}")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not where it was saved
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
     wanted = {
-        name: jax.tree.map(_abstract if name == part else lambda _: ..., tree)
+        name: jax.tree.map(abstract if name == part else lambda _: ..., tree)
         for name, tree in saved.items()
     }
     with _readable(path):
-        return ocp.load_checkpointables(path, {STATE: wanted})[STATE][part]
+        found = ocp.load_checkpointables(path, {STATE: wanted})[STATE][part]
+    _verify(path, facts, {part: found})
+    return found
 
 
 def restore_config(directory: Path, step: int | None = None) -> dict[str, Any]:
@@ -190,7 +255,7 @@ def _open(directory: Path, step: int | None) -> tuple[pathlib.Path, dict[str, An
         metadata = ocp.checkpointables_metadata(path)
     facts, items = metadata.custom_metadata or {}, metadata.metadata or {}
     if "format" not in facts or not jax.tree.leaves(items.get(STATE)):
-        raise CheckpointError(f"{path} is damaged, or was not written by ddim_jax{_others(path)}")
+        raise DamagedError(f"{path} is damaged, or was not written by ddim_jax{_others(path)}")
     if facts["format"] > FORMAT:
         raise CheckpointError(
             f"{path} has format {facts['format']}, this version reads up to {FORMAT}: "
@@ -202,20 +267,82 @@ def _open(directory: Path, step: int | None) -> tuple[pathlib.Path, dict[str, An
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
     """Orbax raises many kinds of error on damaged files; here they become one that names it."""
+    log, level = logging.getLogger("absl"), logging.getLogger("absl").level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise CheckpointError(
-            f"{path} cannot be read and may be damaged{_others(path)} "
-            f"({type(error).__name__}: {reason})"
+        raise DamagedError(
+            f"{path} cannot be read and may be damaged{_others(path)} ({_reason(error)})"
         ) from error
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def _others(path: pathlib.Path) -> str:
     steps = [step for step in saved_steps(path.parent) if step != int(path.name)]
-    beside = f"; other steps saved beside it: {_list(steps)}"
-    return f"{beside} (move {path.name} elsewhere to use them)" if steps else ""
+    return f"; other steps saved beside it: {_list(steps)}" if steps else ""
+
+
+def _parts(state: PyTree) -> Mapping[str, PyTree]:
+    return state._asdict() if hasattr(state, "_asdict") else state
+
+
+def _digests(parts: Mapping[str, PyTree]) -> dict[str, int]:
+    """One number per part, Σ_i (2i+1) · digest(leaf i) mod 2³², on whatever devices it lies."""
+    sums = jax.device_get(
+        {name: [_own_sums(leaf) for leaf in jax.tree.leaves(part)] for name, part in parts.items()}
+    )
+    totals = {
+        name: sum((2 * i + 1) * sum(map(int, own)) for i, own in enumerate(leaves)) % 2**32
+        for name, leaves in sums.items()
+    }
+    if jax.process_count() > 1:
+        mine = np.array(list(totals.values()), np.uint32)
+        whole = multihost_utils.process_allgather(mine).sum(axis=0, dtype=np.uint32)
+        totals = {name: int(total) for name, total in zip(totals, whole)}
+    return totals
+
+
+def _own_sums(leaf: Any) -> list[jax.Array]:
+    """The sums of the shards that this process holds, each counted once; together the digest."""
+    leaf = jnp.asarray(leaf)
+    strides = [math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)]
+    return [
+        _weighted_sum(
+            shard.data,
+            np.array(strides, np.uint32),
+            np.array([cut.start or 0 for cut in shard.index], np.uint32),
+        )
+        for shard in leaf.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+@jax.jit
+def _weighted_sum(values: jax.Array, strides: jax.Array, start: jax.Array) -> jax.Array:
+    """Σ_k (2k+1) · bits_k mod 2³² over places k: odd weights let no single change pass."""
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(values.dtype.itemsize, jnp.uint32)
+    bits = values if values.dtype == bool else jax.lax.bitcast_convert_type(values, words)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(values.ndim):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place + (iota + start[axis]) * strides[axis]
+    return (bits.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+
+def _verify(path: pathlib.Path, facts: dict[str, Any], parts: Mapping[str, PyTree]) -> None:
+    found = _digests(parts)
+    wrong = [name for name in found if found[name] != facts.get("digests", {}).get(name)]
+    if wrong:
+        raise DamagedError(
+            f"{path} is damaged: the arrays of {', '.join(wrong)} are not those that were "
+            f"saved{_others(path)}"
+        )
 
 
 def _list(steps: list[int]) -> str:

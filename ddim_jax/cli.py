@@ -1,27 +1,24 @@
 """The command `ddim-jax`: train a network, draw with it, and look at runs."""
 
-import dataclasses
-import inspect
 import json
 import os
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
 from ddim_jax.clipping import clip_x0
-from ddim_jax.pretrained import load_model, to_facts
+from ddim_jax.pretrained import load_model, save_diffusers, save_model
+from ddim_jax.run_folder import Preempted
 from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.timesteps import timesteps
-from ddim_jax.unet import abstract_params, build, count_params
-
-if TYPE_CHECKING:
-    from ddim_jax.presets import Preset
+from ddim_jax.unet import count_params
 
 ERRORS = (ValueError, TypeError, OSError, ArithmeticError, ModuleNotFoundError)
+PREEMPTED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal and saved; run it again
 app = tyro.extras.SubcommandApp()
 
 
@@ -38,11 +35,15 @@ def sample(
     batch_size: int = 64,
     out: pathlib.Path | None = None,
     overwrite: bool = False,
+    step: int | None = None,
+    config: str | None = None,
+    image_size: int | None = None,
 ) -> None:
     """Draw images with a trained model, and save them as one PNG.
 
     Args:
-      model: "digits" (ships with the package), a run folder, or a .safetensors file.
+      model: "digits" (ships with the package), a run folder, a .safetensors file, a PyTorch
+        checkpoint in the names of Ho et al. and the authors, or a diffusers folder.
       num_images: how many; image k is the same whatever their number.
       steps: S, the number of network calls per image.
       eta: 0 is DDIM, 1 is DDPM.
@@ -53,6 +54,9 @@ def sample(
       batch_size: images at a time.
       out: the file; by default named after model, steps, eta and seed, in the current folder.
       overwrite: replace the file if it exists.
+      step: which checkpoint of a run folder, the latest by default.
+      config: the network of a PyTorch checkpoint: cifar10, celeba64 or lsun256.
+      image_size: of a PyTorch checkpoint, where that is all that it does not say.
     """
     from ddim_jax.images import grid, save_png
 
@@ -66,7 +70,7 @@ def sample(
         raise ValueError(f"--out must end in .png, the format written, got {out}")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another --out, or pass --overwrite")
-    loaded = load_model(model)
+    loaded = load_model(model, step=step, config=config, image_size=image_size)
     schedule = loaded.schedule
     tau = timesteps(schedule.num_steps, steps, spacing, schedule=schedule)
     sampler = make_sampler(
@@ -76,6 +80,7 @@ def sample(
         eta,
         use_sigma_hat=sigma_hat,
         x0_fn=clip_x0(1.0) if clip else None,
+        prediction=loaded.prediction,
     )
     key, noise_key = jax.random.split(jax.random.key(seed))
     images = []
@@ -96,160 +101,110 @@ def sample(
 
 
 @app.command
-def info(model: tyro.conf.Positional[str]) -> None:
+def generate(
+    model: tyro.conf.Positional[str],
+    out: pathlib.Path,
+    num_images: int = 50_000,
+    steps: int = 50,
+    eta: float = 0.0,
+    spacing: str = "linear",
+    sigma_hat: bool = False,
+    clip: bool = False,
+    cycle_labels: bool = False,
+    seed: int = 0,
+    batch_size: int = 100,
+    shard_size: int = 1000,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Draw many images, for evaluation, into a folder of .npy shards; called again, it goes on.
+
+    Args:
+      model: "digits" (ships with the package), a run folder, or a weights file.
+      out: the folder.
+      num_images: how many; image k is the same whatever the number of devices and processes.
+      steps: S, the number of network calls per image.
+      eta: 0 is DDIM, 1 is DDPM.
+      spacing: of τ: linear, quadratic, uniform, quad, leading, trailing, linspace, logsnr.
+      sigma_hat: the larger noise of DDPM; takes eta = 1.
+      clip: clip each predicted x_0 to [−1, 1].
+      cycle_labels: for networks with classes, image k gets class k mod K.
+      seed: of x_T and of the noise.
+      batch_size: images at a time on each device; divides shard_size.
+      shard_size: images in a file.
+      coordinator: host:port of process 0, for several processes outside Slurm, MPI and TPU.
+      num_processes: how many processes take part.
+      process_id: which one this is, from 0.
+    """
+    from ddim_jax.generate import generate
+    from ddim_jax.parallel import initialize
+
+    if sigma_hat and eta != 1.0:
+        raise ValueError(f"--sigma-hat takes --eta 1 (App. D.3), got --eta {eta:g}")
+    initialize(coordinator, num_processes, process_id)
+    generate(load_model(model), out, num_images, steps, eta, spacing=spacing,
+             use_sigma_hat=sigma_hat, clip=clip, labels="cycle" if cycle_labels else None,
+             seed=seed, batch_size=batch_size, shard_size=shard_size)  # fmt: skip
+    print(f"{out}: {num_images} images, S = {steps}, eta = {eta:g}, seed {seed}")
+
+
+@app.command
+def info(model: tyro.conf.Positional[str], verify: bool = False) -> None:
     """Say what a model or a run is: configuration, progress, checkpoints.
 
     Args:
-      model: "digits" (ships with the package), a run folder, or a .safetensors file.
+      model: "digits" (ships with the package), a run folder, or a weights file.
+      verify: read all checkpoints of a run, and compare each with its digest.
     """
+    if pathlib.Path(model).is_dir() and (pathlib.Path(model) / "checkpoints").is_dir():
+        from ddim_jax.summary import summarise
+
+        print(describe(summarise(model, verify)))
+        return
     loaded = load_model(model)
     facts = {**loaded.facts, "parameters": count_params(loaded.params)}
-    folder = pathlib.Path(model)
-    if folder.is_dir():
-        from ddim_jax.checkpoint import saved_steps
-
-        facts["checkpoints"] = saved_steps(folder / "checkpoints")
-        log = folder / "metrics.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        whole = [
-            line for line in lines if line.endswith("\n")
-        ]  # a killed run may leave half a line
-        facts["last metrics"] = json.loads(whole[-1]) if whole else None
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        facts["megabytes"] = round(sum(path.stat().st_size for path in files) / 1e6, 1)
-    print(_describe(facts))
+    print(describe(facts))
 
 
 @app.command
 def export(
-    run: tyro.conf.Positional[pathlib.Path],
+    model: tyro.conf.Positional[str],
     out: tyro.conf.Positional[pathlib.Path],
     float16: bool = False,
+    diffusers: bool = False,
     overwrite: bool = False,
+    step: int | None = None,
+    config: str | None = None,
+    image_size: int | None = None,
 ) -> None:
-    """Write the moving average of a run's latest checkpoint as one .safetensors file.
+    """Write a model as one .safetensors file, or as a folder that diffusers loads.
 
     Args:
-      run: the run folder.
-      out: the file to write.
+      model: a run folder (its moving average is taken), or anything that `sample` takes.
+      out: the file or folder to write.
       float16: halve the file; weights are rounded to 11 bits and read back as float32.
-      overwrite: replace the file if it exists.
+      diffusers: write a folder for `DDIMPipeline.from_pretrained`.
+      overwrite: replace the file if it exists (never a folder).
+      step: which checkpoint of a run folder, the latest by default.
+      config: see `sample`.
+      image_size: see `sample`.
     """
-    from ddim_jax.weights import save_weights
-
-    if not run.is_dir():
-        raise ValueError(f"{run} is not a run folder; the shipped models are weights files already")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another file, or pass --overwrite")
-    loaded = load_model(run)
-    save_weights(out, loaded.params, loaded.facts, float16=float16, overwrite=overwrite)
+    if out.exists() and (diffusers or not overwrite):
+        raise FileExistsError(f"{out} exists; choose another, or pass --overwrite for a file")
+    loaded = load_model(model, step=step, config=config, image_size=image_size)
+    if diffusers:
+        save_diffusers(out, loaded)
+    else:
+        save_model(out, loaded, float16=float16, overwrite=overwrite)
     print(f"wrote {out}: {count_params(loaded.params):,} parameters; ddim-jax sample {out}")
 
 
-def _train(
-    preset: "Preset",
-    out: pathlib.Path | None,
-    data_dir: pathlib.Path | None,
-    resume: bool,
-    dry_run: bool,
-) -> None:
-    from ddim_jax import plots
-    from ddim_jax.data import load
-    from ddim_jax.training import fit
-
-    schedule = preset.schedule.build()
-    shapes = abstract_params(preset.model)
-    out = out or pathlib.Path("runs") / preset.name
-    if dry_run:
-        facts = {**dataclasses.asdict(preset), "parameters": count_params(shapes), "out": str(out)}
-        print(_describe(facts))
-        return
-    dataset = load(preset.data.name, preset.data.split, data_dir, preset.data.transform)
-    model = preset.model
-    wanted = (model.image_size, model.image_size, model.in_channels)
-    if dataset.image_shape != wanted:
-        raise ValueError(
-            f"data set {preset.data.name} has images {dataset.image_shape}, the network takes "
-            f"{wanted}: set --model.image-size and --model.in-channels, or --data.resize"
-        )
-    apply_fn, params = build(model, jax.random.key(preset.train.seed))
-    print(
-        f"training {preset.name}: {count_params(params):,} parameters, {len(dataset):,} images, on "
-        f"{jax.default_backend()}, into {out}"
-    )
-    facts = {"preset": preset.name, **to_facts(preset.schedule, model)}
-    fit(
-        apply_fn,
-        params,
-        schedule,
-        dataset,
-        preset.train,
-        out,
-        facts=facts,
-        num_classes=model.num_classes,
-        resume=resume,
-    )
-    curve = plots.png_bytes(plots.loss_curve(plots.read_metrics(out / "metrics.jsonl")))
-    (out / "loss.png").write_bytes(curve)
-    print(f"done: {out}/loss.png; draw with: ddim-jax sample {out}")
-
-
-def _demo(
-    out: pathlib.Path = pathlib.Path("demo"),
-    num_steps: int | None = None,
-    num_samples: int = 200,
-) -> None:
-    """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
-
-    Args:
-      out: the folder to write; an interrupted demo is continued.
-      num_steps: training steps, the preset's by default.
-      num_samples: samples behind each Fréchet distance, ten times as many for S = 50, η = 0.
-    """
-    from ddim_jax import demo
-
-    if (out / "index.html").exists():
-        print(f"{out} holds a finished demo: open {out}/index.html, or choose another --out")
-        return
-    print(f"open {demo.run(out, num_steps, num_samples)}")
-
-
-def _add_training_commands() -> None:
-    from ddim_jax.presets import PRESETS
-
-    choice = tyro.extras.subcommand_type_from_defaults(
-        {name: make() for name, make in PRESETS.items()},
-        {name: inspect.getdoc(make) or "" for name, make in PRESETS.items()},
-        prefix_names=False,
-    )
-
-    def train(
-        preset: Annotated[choice, tyro.conf.arg(name="")],  # type: ignore[valid-type]
-        out: pathlib.Path | None = None,
-        data_dir: pathlib.Path | None = None,
-        resume: bool = False,
-        dry_run: bool = False,
-    ) -> None:
-        """Train a preset; every field of it can be overridden.
-
-        Args:
-          preset: what to train.
-          out: the run folder, runs/PRESET by default; must not hold a run.
-          data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
-          resume: continue the run in `out` from its last checkpoint.
-          dry_run: print the resolved configuration and the parameter count, and stop.
-        """
-        _train(preset, out, data_dir, resume, dry_run)
-
-    app.command(train)
-    app.command(name="demo")(_demo)
-
-
-def _describe(facts: dict[str, Any], indent: str = "") -> str:
+def describe(facts: dict[str, Any], indent: str = "") -> str:
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{name}:", _describe(value, indent + "  ")]
+            lines += [f"{indent}{name}:", describe(value, indent + "  ")]
         else:
             lines.append(f"{indent}{name}: {value:,}" if isinstance(value, int) and not
                          isinstance(value, bool) else f"{indent}{name}: {value}")  # fmt: skip
@@ -257,17 +212,21 @@ def _describe(facts: dict[str, Any], indent: str = "") -> str:
 
 
 def main() -> None:
-    """The console script; errors of use become a message and exit code 1."""
+    """The console script: errors of use become a message and exit code 1, a stop by signal 75."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax"))
-    try:
-        _add_training_commands()
-    except ModuleNotFoundError as error:
-        if {"train", "demo"} & set(sys.argv[1:2]):
+    if {"train", "demo", "data"} & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv[1:2]):
+        try:
+            from ddim_jax.cli_train import add_commands
+        except ModuleNotFoundError as error:
             sys.exit(f"ddim-jax: {error}; training needs: pip install 'ddim_jax[train]'")
+        add_commands(app)
     try:
         app.cli(prog="ddim-jax", description=__doc__, config=(tyro.conf.CascadeSubcommandArgs,))
+    except Preempted as stopped:
+        print(f"ddim-jax: {stopped}", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except ERRORS as error:
         if os.environ.get("DDIM_JAX_TRACEBACK"):
             raise

@@ -1,26 +1,38 @@
 """Data sets as random access to uint8 images, and endless shuffled batches of them.
 
 Two kinds of name: ``digits``, scikit-learn's bundled 8×8 digits, needs nothing but itself; every
-other name is a TFDS image data set prepared in the array_record format, read without TensorFlow
-(``tfds.data_source``). Shuffling, repetition, batching and exact resumption are grain's.
+other name is a TFDS image data set prepared in the array_record format, read without TensorFlow.
+
+One stream of images feeds a run. Its first N images, N the size of the data set, are epoch 0, the
+next N are epoch 1, and so on; each epoch is a permutation of all N images, drawn anew from
+(seed, epoch) by grain's index shuffle, which holds no table and needs no buffer. Batch k is images
+kB..(k+1)B−1 of the stream: epochs join inside a batch, and no image is dropped or seen twice in an
+epoch. Of P processes, process p reads rows pB/P..(p+1)B/P−1 of every batch, so the global batches
+do not depend on P, nor on threads or worker processes. The position in the stream is k, a number.
 """
 
 import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import os
-import pathlib
 import re
-from collections.abc import Callable
+import signal
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
+from absl import flags
 
-DATA_DIR_VARIABLE = "DDIM_JAX_DATA"
-CACHE_BYTES = 2**31  # data sets up to this size are decoded once and then kept in memory
+from ddim_jax import _tfds
+from ddim_jax._tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
+from ddim_jax._tfds import prepare as prepare
 
 Transform = Callable[[np.ndarray], np.ndarray]
 Take = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -38,6 +50,7 @@ class Dataset:
       num_classes: labels are 0..num_classes−1; None where the data set has none (labels are −1).
       provenance: JSON-able facts that tell this data set from another.
       read: int array (n,) of indices in 0..N−1 -> uint8 (n, H, W, C) and int32 (n,).
+      unreadable: index -> reason of each record that `read` had to replace; `read` fills it.
 
     Example:
       >>> digits = load("digits")
@@ -52,6 +65,13 @@ class Dataset:
     num_classes: int | None
     provenance: dict[str, Any]
     read: Take = dataclasses.field(repr=False)
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
+    _warned: set[int] = dataclasses.field(default_factory=set, repr=False)
+
+    @property
+    def skipped(self) -> list[int]:
+        """Indices of the records skipped so far, in order; a warning has named each."""
+        return sorted(self._warned)
 
     def __len__(self) -> int:
         return self.size
@@ -65,14 +85,27 @@ class Dataset:
         if indices.size and not 0 <= indices.min() <= indices.max() < self.size:
             raise IndexError(f"{self.name} has images 0..{self.size - 1}, got {indices}")
         images, labels = self.read(indices)
+        self._warn(self.unreadable)
         return {"image": images, "label": labels}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All N images at once, read by several threads: "image" (N, H, W, C), "label" (N,)."""
         parts = np.array_split(np.arange(self.size), math.ceil(self.size / 256))
         with ThreadPoolExecutor() as pool:
-            taken = list(pool.map(self.take, parts))
-        return {key: np.concatenate([part[key] for part in taken]) for key in ("image", "label")}
+            images, labels = zip(*pool.map(self.read, parts))
+        self._warn(self.unreadable)
+        return {"image": np.concatenate(images), "label": np.concatenate(labels)}
+
+    def _warn(self, unreadable: dict[int, str]) -> None:
+        """Warns once of each record skipped by this process or by one of its workers."""
+        for index, reason in sorted(unreadable.copy().items()):
+            if index not in self._warned:
+                self._warned.add(index)
+                warnings.warn(
+                    f"{self.name} {self.split}: image {index} cannot be read and is replaced by "
+                    f"the next ({reason})",
+                    stacklevel=3,
+                )
 
 
 def load(
@@ -80,31 +113,61 @@ def load(
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     transform: Transform | None = None,
+    *,
+    on_corrupt: Literal["stop", "skip"] = "stop",
 ) -> Dataset:
     """Opens an image data set by name; its images are decoded when first asked for.
 
     Args:
-      name: "digits", or a TFDS data set ("mnist", "cifar10", "lsun/bedroom", "mnist:3.0.1").
+      name: "digits", or a TFDS data set ("mnist", "cifar10", "lsun/bedroom", "mnist:3.0.1"); of
+        several prepared versions the newest.
       split: a split with an optional slice, as in TFDS: "train", "test", "train[:50%]",
         "train[1000:]". All 1,797 digits are "train"; they are ordered by writer, so unbiased
         halves are its even and odd indices rather than "train[:50%]" and "train[50%:]".
       data_dir: where TFDS data sets lie; default the variable DDIM_JAX_DATA, else TFDS's own.
-      transform: uint8 (H, W, C) -> uint8 (H', W', C'), applied to each image (crop, resize).
+      transform: uint8 (H, W, C) -> uint8 (H', W', C'), applied to each image (`crop_resize`).
+      on_corrupt: what a record that cannot be read or decoded does. "stop": a ValueError with its
+        index. "skip": the next readable record, index + 1 mod N and so on, takes its place; a
+        warning names it once, and `Dataset.skipped` lists it.
 
     Returns:
-      A `Dataset`.
+      A `Dataset`. Its provenance has the parameters of a `transform` that is a dataclass, as
+      `crop_resize` is, the qualified name of another, and `on_corrupt` if it is "skip".
 
     Raises:
-      ValueError: unknown name or split, wrong or empty directory, no images in the data set;
-        the message lists what there is and how to prepare what there is not.
+      ValueError: unknown name or split, wrong or empty directory, no images in the data set,
+        none that can be read; the message lists what there is and how to prepare what there is
+        not.
 
     Example:
       >>> len(load("digits", "train[:50%]"))
       898
     """
+    if on_corrupt not in ("stop", "skip"):
+        raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
+    _tfds.check_name(name)
     if name == "digits":
         return _digits(split, transform)
-    return _tfds(name, split, _data_dir(data_dir), transform)
+    records = _tfds.records(name, split, _tfds.resolve(data_dir))
+    title = f"{records.full_name} {split}"
+    if not len(records):
+        raise ValueError(f"{title} holds no images")
+    read = _tfds.Reader(records, title, transform, skip=on_corrupt == "skip")
+    provenance = {"name": records.full_name, "split": split, "source": "tensorflow_datasets"}
+    if transform is not None:
+        provenance["transform"] = _description(transform)
+    if read.skip:
+        provenance["on_corrupt"] = on_corrupt
+    return Dataset(
+        name=name,
+        split=split,
+        size=len(records),
+        image_shape=read.shape,
+        num_classes=records.num_classes,
+        provenance=provenance,
+        read=read,
+        unreadable=read.unreadable,
+    )
 
 
 def batches(
@@ -112,31 +175,40 @@ def batches(
     batch_size: int,
     seed: int,
     *,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
+    num_workers: int = 0,
     prefetch: int = 4,
-) -> grain.DatasetIterator:
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches: every epoch is a fresh permutation, and epochs join without a gap.
 
-    Batch k is a function of (dataset, batch_size, seed, k) alone. A batch may be larger than the
-    data set; it then spans several epochs. Process p of P gets the p-th P-th part of each batch.
+    Batch k is a function of (dataset, batch_size, seed, k) alone, so the position of a run is the
+    number of batches it has had: `start` there to continue, on any number of threads, workers or
+    processes. A batch may be larger than the data set; it then spans several epochs. Process p of
+    P gets the p-th P-th part of each batch.
+
+    Threads do for data sets that fit in memory, whose images are decoded once. Worker processes
+    are for larger ones, where decoding takes more than one core; they keep no images, end with the
+    iterator, and import the main script, which therefore needs `if __name__ == "__main__":`.
 
     Args:
       dataset: from `load`.
       batch_size: images per batch over all processes, ≥ 1.
       seed: of the permutations, in 0..2³²−1.
+      start: the number of the first batch, ≥ 0; the batches before it are not read.
       process_index: p in 0..P−1.
       process_count: P, a divisor of `batch_size`.
       num_threads: threads that assemble batches ahead of their use.
-      prefetch: batches that they keep ready.
+      num_workers: processes that do so instead, each with `num_threads` threads; 0 for none.
+      prefetch: batches that they, or each of the workers, keep ready.
 
     Returns:
-      An iterator of {"image": uint8 (B/P, H, W, C), "label": int32 (B/P,)}. Its `get_state()` is a
-      small JSON-able dict; `set_state(state)` continues exactly where it was taken.
+      An iterator of {"image": uint8 (B/P, H, W, C), "label": int32 (B/P,)}.
 
     Raises:
-      ValueError: a size, seed or process outside its range.
+      ValueError: a size, seed, start or process outside its range.
 
     Example:
       >>> iterator = batches(load("digits"), batch_size=32, seed=0)
@@ -150,14 +222,97 @@ def batches(
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be in 0..{process_count - 1}, got {process_index}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
+    if start < 0:
+        raise ValueError(f"start must be >= 0, got {start}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be >= 0, got {num_workers}")
     local = batch_size // process_count
     mine = slice(process_index * local, (process_index + 1) * local)
+    rest = _order(dataset, batch_size, seed).slice(slice(start, None))
+    gathered = rest.map(functools.partial(_gather, dataset, mine))
+    threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    ahead = gathered.to_iter_dataset(threads)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # grain's workers read its flags, which have defaults
+            flags.FLAGS.mark_as_parsed()
+        workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(prefetch, 1))
+        ahead = ahead.mp_prefetch(workers, _be_worker)
+    running = [iter(ahead.map(functools.partial(_deliver, dataset)))]
+    stream = _stream(running)
+    weakref.finalize(stream, _end, running)  # also at exit
+    return stream
+
+
+def batch_indices(dataset: Dataset, batch_size: int, seed: int, number: int) -> np.ndarray:
+    """The images that make up batch `number` (over all processes) of `batches`.
+
+    Args:
+      dataset: from `load`.
+      batch_size: B, images per batch over all processes, ≥ 1.
+      seed: of the permutations, in 0..2³²−1.
+      number: of the batch, ≥ 0.
+
+    Returns:
+      int64 (B,) in 0..N−1.
+
+    Raises:
+      ValueError: a size, seed or number outside its range.
+
+    Example:
+      >>> batch_indices(load("digits"), batch_size=4, seed=0, number=0)
+      array([1203, 1318, 1398,  141])
+    """
+    if number < 0:
+        raise ValueError(f"number must be >= 0, got {number}")
+    return np.asarray(_order(dataset, batch_size, seed)[number])
+
+
+def _order(dataset: Dataset, batch_size: int, seed: int) -> grain.MapDataset:
+    """Random access to the indices of batch 0, 1, 2, …"""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if not len(dataset):
+        raise ValueError(f"{dataset.name} {dataset.split} holds no images")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
     indices = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
-    gathered = indices.batch(batch_size, drop_remainder=True).map(lambda i: dataset.take(i[mine]))
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(gathered.to_iter_dataset(options))
+    return indices.batch(batch_size, drop_remainder=True)
+
+
+def _gather(dataset: Dataset, mine: slice, indices: np.ndarray) -> tuple[Any, ...]:
+    """In a thread or worker: the images of one batch, and which records are known unreadable."""
+    return (*dataset.read(indices[mine]), dataset.unreadable.copy())
+
+
+def _stream(running: list[grain.DatasetIterator]) -> Iterator[dict[str, np.ndarray]]:
+    while running:
+        yield next(running[0])
+
+
+def _end(running: list[grain.DatasetIterator]) -> None:
+    """Ends the threads and workers of a stream, before the interpreter takes itself apart."""
+    running.pop().close()
+
+
+def _be_worker(index: int, count: int) -> None:
+    """In a worker: leave signals to the main process, and end when it ends, even if killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(0)
+
+
+def _deliver(dataset: Dataset, gathered: tuple[Any, ...]) -> dict[str, np.ndarray]:
+    """In the caller: the batch as plain arrays, and the warnings that belong to it."""
+    images, labels, unreadable = gathered
+    dataset._warn(unreadable)
+    return {"image": np.array(images), "label": np.array(labels)}
 
 
 def available(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
@@ -167,7 +322,7 @@ def available(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
       >>> "digits" in available()
       True
     """
-    return ["digits", *sorted({name for name, _, _ in _prepared(_data_dir(data_dir))})]
+    return ["digits", *sorted({name for name, _ in _tfds.prepared(_tfds.resolve(data_dir))})]
 
 
 def _digits(split: str, transform: Transform | None) -> Dataset:
@@ -177,17 +332,19 @@ def _digits(split: str, transform: Transform | None) -> Dataset:
     values, labels = load_digits(return_X_y=True)
     images = np.round(values.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     window = _window(split, len(images))
+    provenance = {"name": "digits", "split": split, "source": "sklearn.datasets.load_digits"}
     images, labels = images[window], labels[window].astype(np.int32)
     if transform:
         images = np.stack([transform(image) for image in images])
+        provenance["transform"] = _description(transform)
     return Dataset(
         name="digits",
         split=split,
         size=len(images),
         image_shape=images.shape[1:],
         num_classes=10,
-        provenance={"name": "digits", "split": split, "source": "sklearn.datasets.load_digits"},
-        read=lambda indices: (images[indices], labels[indices]),
+        provenance=provenance,
+        read=functools.partial(_rows, images, labels),
     )
 
 
@@ -208,109 +365,18 @@ def _window(split: str, size: int) -> slice:
     return window
 
 
-def _tfds(name: str, split: str, data_dir: pathlib.Path, transform: Transform | None) -> Dataset:
-    """A prepared TFDS data set with an "image" and perhaps a "label" feature."""
-    import tensorflow_datasets as tfds
-
-    wanted, _, version = name.partition(":")
-    prepared = _prepared(data_dir)
-    formats = {
-        kind
-        for found, found_version, kind in prepared
-        if (found + "/").startswith(wanted + "/") and version in ("", found_version)
-    }
-    if not formats:
-        reason = "does not hold it" if data_dir.is_dir() else "does not exist"
-        there = sorted(f"{found}:{found_version}" for found, found_version, _ in prepared)
-        raise ValueError(
-            f"no data set {name!r}: the directory {data_dir} {reason}. Available: "
-            f"{', '.join(['digits', *there])}. {_how_to_prepare(name, data_dir)}"
-        )
-    if "array_record" not in formats:
-        raise ValueError(
-            f"{name!r} in {data_dir} is stored as {', '.join(sorted(formats))}; only array_record "
-            f"can be read without TensorFlow. {_how_to_prepare(name, data_dir)}"
-        )
-    source = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
-    info, features = source.dataset_info, source.dataset_info.features
-    if "image" not in features:
-        raise ValueError(f"{name!r} has no feature 'image'; it has {', '.join(sorted(features))}")
-    num_classes = getattr(dict(features).get("label"), "num_classes", None)
-
-    def read_one(index: int) -> tuple[np.ndarray, int]:
-        try:
-            record = source[int(index)]
-        except Exception as error:
-            raise ValueError(f"{info.full_name} {split}: cannot read image {index}") from error
-        image = transform(record["image"]) if transform else record["image"]
-        return image, record["label"] if num_classes else -1
-
-    shape = read_one(0)[0].shape
-    return Dataset(
-        name=name,
-        split=split,
-        size=len(source),
-        image_shape=shape,
-        num_classes=num_classes,
-        provenance={"name": info.full_name, "split": split, "source": "tensorflow_datasets"},
-        read=_cached(read_one, len(source), shape, name),
-    )
+def _rows(
+    images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    return images[indices], labels[indices]
 
 
-def _cached(
-    read_one: Callable[[int], tuple[np.ndarray, int]], size: int, shape: tuple[int, ...], name: str
-) -> Take:
-    """Reads by index; keeps what it has read where the whole data set fits in CACHE_BYTES."""
-
-    def checked(index: int) -> tuple[np.ndarray, int]:
-        image, label = read_one(index)
-        if image.shape != shape or image.dtype != np.uint8:
-            raise ValueError(
-                f"{name}: image 0 is uint8 {shape} but image {index} is {image.dtype} "
-                f"{image.shape}; pass a `transform` that crops or resizes to one shape"
-            )
-        return image, label
-
-    def read(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = zip(*map(checked, indices))
-        return np.stack(images), np.array(labels, np.int32)
-
-    if size * math.prod(shape) > CACHE_BYTES:
-        return read
-    images, labels = np.empty((size, *shape), np.uint8), np.empty(size, np.int32)
-    ready = np.zeros(size, bool)
-
-    def read_cached(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for index in indices[~ready[indices]]:  # two threads may do the same one: harmless
-            images[index], labels[index] = checked(index)
-            ready[index] = True
-        return images[indices], labels[indices]
-
-    return read_cached
-
-
-def _data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    named = data_dir or os.environ.get(DATA_DIR_VARIABLE) or os.environ.get("TFDS_DATA_DIR")
-    return pathlib.Path(named or "~/tensorflow_datasets").expanduser()
-
-
-@functools.cache
-def _file_format(info: pathlib.Path) -> str:
-    return json.loads(info.read_text()).get("fileFormat", "tfrecord")
-
-
-def _prepared(data_dir: pathlib.Path) -> list[tuple[str, str, str]]:
-    """(name or name/config, version, file format) of each data set: name/version/info.json."""
-    infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
-    return [
-        (p.parent.parent.relative_to(data_dir).as_posix(), p.parent.name, _file_format(p))
-        for p in infos
-    ]
-
-
-def _how_to_prepare(name: str, data_dir: pathlib.Path) -> str:
-    return (
-        f"Point data_dir or {DATA_DIR_VARIABLE} at prepared data, or prepare it (this needs "
-        "TensorFlow: pip install 'ddim_jax[prepare]'):\n"
-        f"  tfds build {name} --file_format=array_record --data_dir={data_dir}"
-    )
+def _description(transform: Transform) -> Any:
+    """What provenance says of a transform: its parameters where it has them, else its name."""
+    kind = type(transform)
+    if fields := getattr(kind, "__dataclass_fields__", None):
+        parameters = {field: getattr(transform, field) for field in fields}
+        described = {"name": f"{kind.__module__}.{kind.__qualname__}", **parameters}
+        return json.loads(json.dumps(described, default=repr))
+    named: Any = transform if hasattr(transform, "__qualname__") else kind
+    return f"{named.__module__}.{named.__qualname__}"

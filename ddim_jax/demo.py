@@ -15,11 +15,12 @@ from ddim_jax import plots
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import Moments, frechet_distance, moments
 from ddim_jax.images import to_model
+from ddim_jax.loop import fit
 from ddim_jax.presets import digits
 from ddim_jax.pretrained import Model, load_model, to_facts
+from ddim_jax.run_folder import read_metrics
 from ddim_jax.sampling import initial_noise, make_sampler, trajectory
 from ddim_jax.timesteps import timesteps
-from ddim_jax.training import fit
 from ddim_jax.unet import build, count_params
 
 STEPS = (10, 20, 50, 100)
@@ -61,7 +62,6 @@ def run(
     train = dataclasses.replace(preset.train, num_steps=num_steps or preset.train.num_steps)
     dataset = load(preset.data.name)
     apply_fn, params = build(preset.model, jax.random.key(train.seed))
-    resume = (run_folder / "metrics.jsonl").exists()
     say(
         f"training {count_params(params):,} parameters for {train.num_steps} steps of "
         f"{train.batch_size} on {len(dataset)} digits ({jax.default_backend()})"
@@ -74,7 +74,7 @@ def run(
         train,
         run_folder,
         facts=to_facts(preset.schedule, preset.model),
-        resume=resume,
+        resume="auto",
     )
     trained = time.perf_counter() - began
     say(f"sampling {len(STEPS) * len(ETAS)} x {num_samples} digits")
@@ -106,7 +106,7 @@ def run(
             "x_t and the prediction x̂_0 on the way from noise to digit, η = 0, S = 50.",
         ),
         "loss.png": (
-            plots.png_bytes(plots.loss_curve(plots.read_metrics(run_folder / "metrics.jsonl"))),
+            plots.png_bytes(plots.loss_curve(read_metrics(run_folder / "metrics.jsonl"))),
             "Training loss: the mean squared error of the predicted noise.",
         ),
     }
@@ -143,7 +143,7 @@ def draw_cells(
     cells, scores = {}, {}
     for count in STEPS if steps is None else steps:
         tau = timesteps(model.schedule.num_steps, count)
-        sampler = make_sampler(model.apply_fn, model.schedule, tau)
+        sampler = make_sampler(model.apply_fn, model.schedule, tau, prediction=model.prediction)
         for eta in etas:
             parts = []
             for start in range(0, num_samples, CHUNK):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,45 +51,79 @@ def to_uint8(x: jax.Array | np.ndarray) -> jax.Array:
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def crop_resize(
-    crop: tuple[int, int, int, int] | None, side: int | None
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that cuts a box out of an image, then makes it a square of `side` pixels.
+@dataclasses.dataclass(frozen=True)
+class CropResize:
+    """A function of one image, made by `crop_resize`: two of the same parameters are equal."""
 
-    The shorter side is brought to `side` by Pillow's bilinear filter with antialiasing, and the
-    centre square is cut out: what torchvision's Resize and CenterCrop do. For CelebA the DDIM
-    authors take crop (57, 25, 128, 128) and side 64; for LSUN no crop, and side 256.
+    crop: tuple[int, int, int, int] | None
+    resize: int | None
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 1 or 3) -> uint8 (H', W', 1 or 3)."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+            raise ValueError(
+                f"crop_resize wants uint8 (H, W, 1 or 3), got {image.dtype} {image.shape}"
+            )
+        if self.crop is not None:
+            top, left, height, width = self.crop
+            if top + height > image.shape[0] or left + width > image.shape[1]:
+                raise ValueError(f"crop {self.crop} does not fit into an image of {image.shape}")
+            image = image[top : top + height, left : left + width]
+        if self.resize is None:
+            return image
+        h, w, channels = image.shape
+        shorter = min(h, w)
+        h, w = self.resize * h // shorter, self.resize * w // shorter
+        picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+        resized = picture.resize((w, h), Image.Resampling.BILINEAR)
+        top, left = round((h - self.resize) / 2), round((w - self.resize) / 2)
+        return np.asarray(resized).reshape(h, w, channels)[
+            top : top + self.resize, left : left + self.resize
+        ]
+
+
+def crop_resize(crop: tuple[int, int, int, int] | None, resize: int | None) -> CropResize:
+    """A function that cuts a box out of an image, then makes it a square of `resize` pixels.
+
+    In order: rows top..top+height−1 and columns left..left+width−1 are kept; the shorter side is
+    brought to `resize` and the longer to ⌊resize · longer / shorter⌋ by Pillow's bilinear filter,
+    a triangle as wide as the reduction (antialiased), columns first, each pass rounded to uint8;
+    the centre square is cut out, beginning at half the surplus, a half rounded to the even pixel.
+    That is torchvision's Crop, Resize and CenterCrop of PIL images, and with them the DDIM authors'
+    preprocessing (`datasets/__init__.py` of github.com/ermongroup/ddim):
+
+    * CelebA 64×64: `crop_resize((57, 25, 128, 128), 64)`. Their Crop(x1=121−64, x2=121+64,
+      y1=89−64, y2=89+64) takes x as rows: 57..184 of 218, columns 25..152 of 178; then Resize(64).
+    * LSUN 256×256: `crop_resize(None, 256)`. Their Resize(256), CenterCrop(256).
+
+    They flip images at random as well (p = ½, `config.data.random_flip`); that is for training.
 
     Args:
       crop: (top, left, height, width) in pixels, or None.
-      side: of the result, or None to keep the size.
+      resize: side of the result in pixels, or None to keep the size.
 
     Returns:
-      uint8 (H, W, C) → uint8 (H', W', C); ValueError where the box leaves the image.
+      A `CropResize`, uint8 (H, W, C) → uint8 (H', W', C): comparable, hashable, picklable. It
+      raises ValueError where the box leaves the image.
+
+    Raises:
+      ValueError: a negative corner, or a size below 1.
 
     Example:
-      >>> crop_resize((57, 25, 128, 128), 64)(np.zeros((218, 178, 3), np.uint8)).shape
+      >>> celeba = crop_resize((57, 25, 128, 128), 64)
+      >>> celeba
+      CropResize(crop=(57, 25, 128, 128), resize=64)
+      >>> celeba(np.zeros((218, 178, 3), np.uint8)).shape
       (64, 64, 3)
     """
-
-    def transform(image: np.ndarray) -> np.ndarray:
-        if crop is not None:
-            top, left, height, width = crop
-            if min(crop) < 0 or top + height > image.shape[0] or left + width > image.shape[1]:
-                raise ValueError(f"crop {crop} does not fit into an image of {image.shape}")
-            image = image[top : top + height, left : left + width]
-        if side is None:
-            return image
-        h, w, channels = image.shape
-        size = (round(w * side / min(h, w)), round(h * side / min(h, w)))
-        pixels = Image.fromarray(image[..., 0] if channels == 1 else image)
-        image = np.asarray(pixels.resize(size, Image.Resampling.BILINEAR)).reshape(
-            size[1], size[0], channels
+    if crop is not None and (len(crop) != 4 or min(crop) < 0 or min(crop[2:]) < 1):
+        raise ValueError(
+            f"crop must be (top, left, height, width), corner >= 0 and size >= 1, got {crop}"
         )
-        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-        return image[top : top + side, left : left + side]
-
-    return transform
+    if resize is not None and resize < 1:
+        raise ValueError(f"resize must be >= 1 pixel or None, got {resize}")
+    box = None if crop is None else (crop[0], crop[1], crop[2], crop[3])
+    return CropResize(box, resize)
 
 
 def grid(images: Any, columns: int | None = None, gap: int = 1, scale: int = 1) -> np.ndarray:

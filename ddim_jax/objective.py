@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, Denoiser
+from ddim_jax._types import Array, ArrayLike, Denoiser
 from ddim_jax.process import coefficients, forward_marginal, from_x0_eps
 from ddim_jax.sampling import call, check_batch
 from ddim_jax.schedule import Schedule
@@ -22,6 +22,7 @@ def loss(
     gamma: Array | None = None,
     *,
     prediction: str = "eps",
+    indices: ArrayLike | None = None,
 ) -> Array:
     """One unbiased draw of L_γ/T per image, averaged over batch and pixels (DDIM Eq. 5).
 
@@ -37,6 +38,8 @@ def loss(
       key: a JAX random key; a new one each step.
       gamma: (T+1,) weights γ_t, γ_0 unused; None for γ = 1.
       prediction: what the network predicts and is compared on: `"eps"`, `"x_0"` or `"v"`.
+      indices: (B,) the numbers k of the images in their batch, for one that is worked through in
+        parts; 0..B − 1 by default.
 
     Returns:
       A float32 scalar.
@@ -57,7 +60,7 @@ def loss(
         raise ValueError(
             f"gamma must have shape (T+1,) = ({schedule.num_steps + 1},), got {np.shape(gamma)}"
         )
-    numbers = jnp.arange(x_0.shape[0])
+    numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
     keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(key, k)))(numbers)
     t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1))(keys[:, 0])
     draw: Callable[[Array], Array] = lambda k: jax.random.normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731

@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,32 +20,11 @@ from ddim_jax.images import grid
 GREY = "#666666"
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, oldest first.
-
-    Args:
-      path: the file.
-
-    Returns:
-      A list of dicts with "step", "loss", "grad_norm", "images_per_second", "seconds".
-
-    Raises:
-      ValueError: a line is not JSON; the message gives its number.
-    """
-    lines = []
-    for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return lines
-
-
 def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss against step, on a logarithmic axis, with its running median.
 
     Args:
-      lines: from `read_metrics`.
+      lines: from `run_folder.read_metrics`.
 
     Returns:
       A figure.

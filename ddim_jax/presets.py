@@ -6,10 +6,11 @@ A preset's docstring gives its command, the hardware it wants, and the time and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from typing import Literal
 
-import numpy as np
-
+from ddim_jax import data
+from ddim_jax.data import Dataset
 from ddim_jax.images import crop_resize
 from ddim_jax.schedule import ScheduleConfig
 from ddim_jax.training import TrainConfig
@@ -24,11 +25,13 @@ class DataConfig:
     split: str = "train"
     crop: tuple[int, int, int, int] | None = None  # first cut out (top, left, height, width)
     resize: int | None = None  # then bring the shorter side to this, and cut out the centre square
+    on_corrupt: Literal["stop", "skip"] = "stop"  # a record that cannot be read
 
-    @property
-    def transform(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """crop and resize as a function of one image, None where there is nothing to do."""
-        return None if self.crop is self.resize is None else crop_resize(self.crop, self.resize)
+    def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+        """The data set, cropped and resized; see `data.load`."""
+        plain = self.crop is self.resize is None
+        transform = None if plain else crop_resize(self.crop, self.resize)
+        return data.load(self.name, self.split, data_dir, transform, on_corrupt=self.on_corrupt)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,20 @@
-"""Training: one pure step (loss, Adam, moving average) and the host loop around it (optax).
+"""The training step: loss, Adam, moving average; one pure function for 1 device or many (optax).
 
-The step's randomness is a function of (seed, step), and a checkpoint holds everything else that
-the next step depends on; so a resumed run is the unbroken run, bit for bit.
+Its randomness is a function of (seed, step, number of the image in its batch). `loop.fit` calls it.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
-import time
-from collections.abc import Callable, Mapping
-from os import PathLike
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+from jax.lax import with_sharding_constraint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddim_jax.checkpoint import Checkpoints, restore, saved_steps
-from ddim_jax.data import Dataset, batches
+from ddim_jax import parallel
 from ddim_jax.images import to_model
 from ddim_jax.objective import loss
 from ddim_jax.schedule import Schedule
@@ -30,16 +24,13 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 ApplyFn = Callable[..., jax.Array]  # (params, x, t, dropout_key=None, labels=None) -> ε
 
-# These may change when a run is resumed; anything else would make it another run.
-FREE_ON_RESUME = ("num_steps", "log_every", "checkpoint_every", "keep")
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How to train; the defaults are those of the paper's CIFAR-10 run (with Ho et al.'s warm-up).
 
     Attributes:
-      batch_size: images per step.
+      batch_size: images per step, over all devices and processes.
       num_steps: optimiser steps in all.
       learning_rate: Adam's, after the warm-up.
       warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).
@@ -54,8 +45,18 @@ class TrainConfig:
       label_dropout: for class-conditional networks, the probability of hiding a label from the
         network (classifier-free guidance); unused by unconditional ones.
       seed: of everything random in training.
+      accumulate: work through each batch in so many parts, one after the other: less memory, the
+        same update (dropout masks aside). Divides batch_size.
+      fsdp: over how many devices each parameter, its average and its optimiser state are split;
+        the batch is split over all devices in any case.
+      skip_nonfinite: leave out an update whose loss or gradient is not finite, and count it, where
+        the run would otherwise stop. After 100 in a row it stops.
+      num_threads: threads that read and decode images.
+      num_workers: processes that do so instead, 0 for none; for data that threads cannot keep up
+        with.
       log_every: steps between lines of metrics.
-      checkpoint_every: steps between checkpoints, a multiple of `log_every`.
+      checkpoint_every: steps between checkpoints.
+      sample_every: steps between pictures of samples drawn with the moving average; 0 for none.
       keep: how many checkpoints stay.
 
     Raises:
@@ -79,22 +80,30 @@ class TrainConfig:
     flip: bool = False
     label_dropout: float = 0.1
     seed: int = 0
+    accumulate: int = 1
+    fsdp: int = 1
+    skip_nonfinite: bool = False
+    num_threads: int = 4
+    num_workers: int = 0
     log_every: int = 100
     checkpoint_every: int = 5000
+    sample_every: int = 5000
     keep: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep"):
+        for name in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep",
+                     "accumulate", "fsdp", "num_threads"):  # fmt: skip
             _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_steps", "num_workers", "sample_every"):
+            _require(getattr(self, name) >= 0, self, name, "at least 0")
         for name in ("learning_rate", "grad_clip", "adam_eps"):
             _require(0 < getattr(self, name) < math.inf, self, name, "positive and finite")
         for name in ("adam_b1", "adam_b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, self, name, "in [0, 1)")
-        _require(self.warmup_steps >= 0, self, "warmup_steps", "at least 0")
         _require(0 <= self.label_dropout <= 1, self, "label_dropout", "in [0, 1]")
         _require(0 <= self.seed < 2**32, self, "seed", "in 0..2**32 - 1")
-        multiple = self.checkpoint_every % self.log_every == 0
-        _require(multiple, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")
+        divides = self.batch_size % self.accumulate == 0
+        _require(divides, self, "accumulate", f"a divisor of batch_size = {self.batch_size}")
 
 
 class TrainState(NamedTuple):
@@ -186,6 +195,7 @@ def make_train_step(
     schedule: Schedule,
     config: TrainConfig,
     num_classes: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One update of Eq. 5 (γ = 1) by Adam, and of the moving average: θ̄ ← θ̄ + ema_rate·(θ − θ̄).
 
@@ -197,11 +207,14 @@ def make_train_step(
       schedule: of the forward process.
       config: optimiser, average, flips, seed.
       num_classes: K of a class-conditional network, whose label K means "none".
+      mesh: from `parallel.make_mesh`: the batch is split over all of it, and the state as
+        `parallel.state_sharding` says: parameters are gathered for the forward pass, gradients
+        are summed over all devices, and each device updates its own part.
 
     Returns:
       Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}) -> (state, metrics). The
-      given state is donated: do not use it again. metrics are scalars on the device: "loss" and
-      "grad_norm" (before clipping).
+      given state is donated: do not use it again. metrics are scalars on the device: "loss",
+      "grad_norm" (before clipping) and "param_norm" (after the update).
 
     Example:
       >>> from ddim_jax.schedule import linear_schedule
@@ -213,182 +226,77 @@ def make_train_step(
       >>> images = jnp.zeros((4, 8, 8, 1), jnp.uint8)
       >>> state, metrics = step(state, {"image": images, "label": jnp.zeros(4, jnp.int32)})
       >>> int(state.step), sorted(metrics)
-      (1, ['grad_norm', 'loss'])
+      (1, ['grad_norm', 'loss', 'param_norm'])
     """
     optimizer = make_optimizer(config)
+    parts = config.accumulate
+
+    def own(tree: Any) -> Any:  # each device its part, as the state is kept
+        if mesh is None:
+            return tree
+        return with_sharding_constraint(tree, parallel.state_sharding(mesh, tree))
+
+    def whole(tree: Any) -> Any:
+        return with_sharding_constraint(tree, parallel.replicated(mesh)) if mesh else tree
+
+    def split(x: jax.Array) -> jax.Array:  # (B, ...) -> (parts, B/parts, ...), none moves
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, parallel.AXES)
+        return with_sharding_constraint(x, NamedSharding(mesh, spec)) if mesh else x
+
+    def part_loss(params: Params, key: jax.Array, part: Batch) -> jax.Array:
+        loss_key, dropout_key = jax.random.split(key)
+        dropout_key = jax.random.fold_in(dropout_key, part["number"][0])
+        labels = {"labels": part["label"]} if num_classes is not None else {}
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            return apply_fn(params, x, t, dropout_key, **labels)
+
+        return loss(denoise, schedule, part["x_0"], loss_key, indices=part["number"])
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss_key, dropout_key, flip_key, label_key = jax.random.split(key, 4)
-        x_0 = to_model(batch["image"])
+        loss_key, flip_key, label_key = jax.random.split(key, 3)
+        x_0, label = to_model(batch["image"]), batch["label"]
         if config.flip:
             mirrored = jax.random.bernoulli(flip_key, 0.5, (x_0.shape[0], 1, 1, 1))
             x_0 = jnp.where(mirrored, x_0[:, :, ::-1], x_0)
-        kwargs = {}
         if num_classes is not None:
-            hidden = jax.random.bernoulli(label_key, config.label_dropout, batch["label"].shape)
-            kwargs["labels"] = jnp.where(hidden, num_classes, batch["label"])
+            hidden = jax.random.bernoulli(label_key, config.label_dropout, label.shape)
+            label = jnp.where(hidden, num_classes, label)
+        numbered = {"x_0": x_0, "label": label, "number": jnp.arange(x_0.shape[0])}
+        params = whole(state.params)
 
-        def objective(params: Params) -> jax.Array:
-            def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-                return apply_fn(params, x, t, dropout_key, **kwargs)
+        def gradient(part: Batch) -> tuple[jax.Array, Params]:
+            value, grads = jax.value_and_grad(part_loss)(params, loss_key, part)
+            return value, own(grads)
 
-            return loss(denoise, schedule, x_0, loss_key)
-
-        value, grads = jax.value_and_grad(objective)(state.params)
+        if parts == 1:
+            value, grads = gradient(numbered)
+        else:
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            total, _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None),
+                zero,
+                jax.tree.map(split, numbered),
+                # XLA runs the gradient of a convolution slowly inside a loop on CPU: no loop there.
+                unroll=jax.default_backend() == "cpu",
+            )
+            value, grads = jax.tree.map(lambda v: v / parts, total)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = ema_rate(state.step, config.ema_decay)
         ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        new = TrainState(state.step + 1, params, ema, opt_state)
+        if config.skip_nonfinite:
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+            new = new._replace(step=state.step + 1)
+        metrics = {"loss": value, "grad_norm": norm, "param_norm": optax.tree.norm(new.params)}
+        return own(new), whole(metrics)
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def fit(
-    apply_fn: ApplyFn,
-    params: Params,
-    schedule: Schedule,
-    dataset: Dataset,
-    config: TrainConfig,
-    directory: str | PathLike[str],
-    *,
-    facts: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    on_log: Callable[[TrainState, dict[str, float]], None] | None = None,
-) -> TrainState:
-    """Trains, or continues training, in a run folder.
-
-    The folder gets `checkpoints/`, `metrics.jsonl` and TensorBoard's event file. A line of metrics
-    every `log_every` steps holds the step, means of loss and gradient norm since the last line,
-    images per second (compilation included in the first) and seconds since the start. Losses and
-    gradients are looked at when they are logged, always before a checkpoint: a run that diverges
-    stops at the next line, names the first bad step, and leaves only good checkpoints.
-
-    Args:
-      apply_fn: see `make_train_step`.
-      params: initial parameters; on resume only their shapes matter.
-      schedule: of the forward process.
-      dataset: images to train on.
-      config: how to train.
-      directory: the run folder, made if missing.
-      facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
-        "data" (the data set's provenance): {"model": …}, what a reader needs to rebuild apply_fn.
-      num_classes: see `make_train_step`.
-      resume: continue from the latest checkpoint, or anew if the run died before its first;
-        without it the folder must not hold a run.
-      progress: show a progress bar on stderr.
-      on_log: called with the state and each line of metrics; the state dies with the next step,
-        so copy what you keep.
-
-    Returns:
-      The state after `config.num_steps` steps.
-
-    Raises:
-      FileExistsError: the folder holds a run and `resume` is False.
-      CheckpointError: `resume`, but no readable checkpoint that fits `params`.
-      ValueError: `resume`, but the saved configuration differs; the message shows where.
-      FloatingPointError: a loss or gradient is not finite.
-    """
-    directory = pathlib.Path(directory)
-    folder, log_path = directory / "checkpoints", directory / "metrics.jsonl"
-    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **(facts or {})}
-    config_dict = json.loads(json.dumps(config_dict))  # as a checkpoint returns it
-    if not resume and (saved_steps(folder) or log_path.exists()):
-        raise FileExistsError(
-            f"{directory} already holds a run; resume it, or choose another folder"
-        )
-    if num_classes not in (None, dataset.num_classes):
-        raise ValueError(
-            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
-        )
-    state = init_state(params, config)
-    iterator = batches(dataset, config.batch_size, config.seed)
-    if resume and (saved_steps(folder) or not log_path.exists()):  # else it died before its first
-        restored = restore(folder, state)
-        _check_same_run(restored.config, config_dict)
-        state = restored.state
-        iterator.set_state(restored.data_state)
-    step = start = int(state.step)
-    train_step = make_train_step(apply_fn, schedule, config, num_classes)
-    directory.mkdir(parents=True, exist_ok=True)
-    _forget_after(log_path, start)
-    pending: list[Metrics] = []
-    began = logged = time.perf_counter()
-    with (
-        Checkpoints(folder, config.keep) as checkpoints,
-        log_path.open("a") as log,
-        SummaryWriter(str(directory), purge_step=start + 1) as board,
-        tqdm(total=config.num_steps, initial=start, unit="step", disable=not progress) as bar,
-    ):
-        while step < config.num_steps:
-            state, metrics = train_step(state, jax.device_put(next(iterator)))
-            step += 1
-            pending.append(metrics)
-            last = step == config.num_steps
-            if step % config.log_every and not last:
-                continue
-            line = {"step": step, **_means(pending, step)}  # waits for the device
-            now = time.perf_counter()
-            line["images_per_second"] = len(pending) * config.batch_size / (now - logged)
-            line["seconds"] = now - began
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            for name in ("loss", "grad_norm", "images_per_second"):
-                board.add_scalar(name, line[name], step)
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} im/s")
-            bar.update(len(pending))
-            if on_log:
-                on_log(state, line)
-            if step % config.checkpoint_every == 0 or last:
-                checkpoints.save(step, state, iterator.get_state(), config_dict)
-            pending, logged = [], now
-    return state
-
-
-def _means(pending: list[Metrics], step: int) -> dict[str, float]:
-    """Means over the steps that ended with `step`; a FloatingPointError names the first bad one."""
-    fetched = jax.device_get(pending)
-    for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {at}: training stopped. Checkpoints are from "
-                    "before it; try a lower learning_rate or grad_clip in a new run"
-                )
-    return {name: float(sum(m[name] for m in fetched) / len(fetched)) for name in fetched[0]}
-
-
-def _check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    def flat(config: dict[str, Any]) -> dict[str, Any]:
-        paths = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda v: v is None)[0]
-        named = {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in paths}
-        free = {f"train.{name}" for name in FREE_ON_RESUME}
-        if named.get("train.cosine_decay"):
-            free.remove("train.num_steps")
-        return {name: value for name, value in named.items() if name not in free}
-
-    a, b = flat(saved), flat(wanted)
-    differ = [
-        f"  {name}: saved {a.get(name, 'nothing')!r}, now {b.get(name, 'nothing')!r}"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-    ]
-    if differ:
-        raise ValueError(
-            "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
-        )
-
-
-def _forget_after(log_path: pathlib.Path, step: int) -> None:
-    """Drops lines of steps that are about to be run again."""
-    if log_path.exists():
-        lines = log_path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        log_path.write_text("".join(kept))
 
 
 def _require(condition: bool, config: TrainConfig, name: str, wanted: str) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ddim_jax._conv import conv
 from ddim_jax._unet_config import (
     NUM_GROUPS,
     Params,
@@ -82,9 +83,8 @@ def _dense(c_in: int, c_out: int, config: UNetConfig) -> nnx.Linear:
 
 
 def _conv(c_in: int, c_out: int, config: UNetConfig, **kwargs: Any) -> nnx.Conv:
-    return nnx.Conv(
-        c_in, c_out, (3, 3), dtype=config.dtype, kernel_init=_zeros, rngs=nnx.Rngs(0), **kwargs
-    )
+    kwargs |= {"dtype": config.dtype, "kernel_init": _zeros, "conv_general_dilated": conv}
+    return nnx.Conv(c_in, c_out, (3, 3), rngs=nnx.Rngs(0), **kwargs)
 
 
 class ResnetBlock(nnx.Module):

@@ -56,16 +56,7 @@ def save_weights(
     text = json.dumps(header, allow_nan=False)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.numpy.save(arrays, {HEADER_KEY: text}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+    write_safetensors(path, arrays, {HEADER_KEY: text})
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,23 +77,46 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
+    arrays, metadata = read_safetensors(path)
+    if HEADER_KEY not in metadata:
+        raise ValueError(f"{path} was not written by ddim_jax: its header has no {HEADER_KEY!r}")
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+        if header["format"] <= FORMAT:
+            for name in header["float16"]:
+                arrays[name] = arrays[name].astype(np.float32)
+            return _nest(arrays), dict(header["metadata"])
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged header: {error!r}") from error
+    raise ValueError(
+        f"{path} has format {header['format']}, this version reads up to {FORMAT}: update ddim_jax"
+    )
+
+
+def write_safetensors(
+    path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes named arrays and a header of strings; replaces the file, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(safetensors.numpy.save(dict(arrays), dict(metadata)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays by name, header) of any safetensors file; ValueError where it is not intact."""
     try:
         with safetensors.safe_open(path, "np") as file:
-            text = (file.metadata() or {}).get(HEADER_KEY)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+            return arrays, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not an intact safetensors file: {error}") from error
-    if text is None:
-        raise ValueError(f"{path} was not written by ddim_jax: its header has no {HEADER_KEY!r}")
-    header = json.loads(text)
-    if header["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {header['format']}, this version reads up to {FORMAT}: "
-            "update ddim_jax"
-        )
-    for name in header["float16"]:
-        arrays[name] = arrays[name].astype(np.float32)
-    return _nest(arrays), header["metadata"]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:

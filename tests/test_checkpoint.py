@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -182,6 +185,17 @@ def largest_file(directory):
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def replace(path, other):
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+
+
 DAMAGE = {
     "no files": lambda p: [shutil.rmtree(c) if c.is_dir() else c.unlink() for c in p.iterdir()],
     "no state": lambda p: shutil.rmtree(p / "state"),
@@ -194,6 +208,10 @@ DAMAGE = {
     "empty manifest": lambda p: (p / "state" / "manifest.ocdbt").write_bytes(b""),
     "truncated arrays": lambda p: largest_file(p / "state").write_bytes(b"short"),
     "no arrays": lambda p: shutil.rmtree(p / "state" / "d"),
+    "one bit": lambda p: flip_a_bit(largest_file(p / "state")),
+    "zeros": lambda p: largest_file(p / "state").write_bytes(bytes(300_000)),
+    "another step's arrays": lambda p: replace(p / "state", p.parent / "4" / "state"),
+    "a file for a folder": lambda p: [shutil.rmtree(p / "state"), (p / "state").touch()],
 }
 
 
@@ -221,3 +239,90 @@ def test_a_foreign_or_newer_checkpoint(tmp_path):
     path.write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="format 2, this version reads up to 1: update"):
         restore_config(tmp_path)
+
+
+def test_every_changed_bit_changes_the_digest():
+    state = make_state()
+    before = checkpoint._digests(state._asdict())
+    kernel = np.asarray(state.params["conv"]["kernel"])
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        bits = kernel.copy().view(np.uint32)
+        bits.flat[rng.integers(bits.size)] ^= np.uint32(1) << np.uint32(rng.integers(32))
+        params = {**state.params, "conv": {"kernel": jnp.asarray(bits.view(np.float32))}}
+        after = checkpoint._digests(state._replace(params=params)._asdict())
+        assert after["params"] != before["params"]
+        assert after["ema"] == before["ema"]
+    swapped = kernel.copy()
+    swapped[..., [0, 1]] = swapped[..., [1, 0]]
+    params = {**state.params, "conv": {"kernel": jnp.asarray(swapped)}}
+    assert checkpoint._digests({"params": params})["params"] != before["params"]
+
+
+def test_a_digest_does_not_depend_on_the_devices():
+    tree = {"w": jnp.arange(64.0).reshape(8, 8), "half": jnp.ones((4, 2), jnp.bfloat16)}
+    plain = checkpoint._digests({"params": tree})
+    for shape in ((8, 1), (2, 4), (1, 8)):
+        mesh = jax.make_mesh(shape, ("a", "b"))
+        for spec in (PartitionSpec("a", "b"), PartitionSpec("b"), PartitionSpec(None, "a")):
+            w = jax.device_put(tree["w"], NamedSharding(mesh, spec))
+            assert checkpoint._digests({"params": {**tree, "w": w}}) == plain
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import jax, jax.numpy as jnp
+from ddim_jax.checkpoint import Checkpoints, CheckpointError
+state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, state, {}, {})
+checkpoints._orbax.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # no file may grow further
+try:
+    checkpoints.save(2, state, {}, {})
+    checkpoints.close()
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_disk_without_room_is_named_and_earlier_checkpoints_stay(tmp_path):
+    folder = tmp_path / "checkpoints"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=120,
+    )
+    assert "could not write a checkpoint" in done.stdout, done.stderr[-2000:]
+    assert "those written before are intact: 1" in done.stdout
+    assert saved_steps(folder) == [1]
+    assert restore_part(folder, "w").shape == (1000, 1000)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match="cannot read the directory .*checkpoints"):
+        restore_config(tmp_path / "checkpoints")
+    locked = tmp_path / "locked"
+    write(locked)
+    locked.chmod(0)
+    try:
+        if os.access(locked, os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(CheckpointError, match="cannot read the directory .*locked"):
+            restore_config(locked)
+    finally:
+        locked.chmod(0o755)
+
+
+def test_damaged_steps_are_set_aside_and_kept(tmp_path):
+    write(tmp_path / "run" / "checkpoints", steps=(4, 5))
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoint.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5"
+    write(folder, steps=(5,))
+    assert checkpoint.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5-1"
+    assert saved_steps(folder) == [4]
+    assert_same(restore(tmp_path / "run" / "damaged", make_state(), 5).state, make_state(5))

@@ -26,7 +26,7 @@ def command(monkeypatch, tmp_path, capsys):
     return run
 
 
-SMALL = "--model.multipliers 1 --model.attention-resolutions --train.batch-size 4"
+SMALL = "--model.multipliers 1 --model.attention-resolutions --train.batch-size 8"
 SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.no-cosine-decay"
 
 
@@ -38,19 +38,28 @@ def test_train_resume_sample_info(command, tmp_path):
         command(f"train digits --out run {SHORT} --train.num-steps 4")
     with pytest.raises(SystemExit, match=r"train.learning_rate: saved 0.002, now 0.5"):
         command(
-            f"train digits --out run --resume {SHORT} --train.num-steps 4 --train.learning-rate 0.5"
+            f"train digits --out run --resume must {SHORT} --train.num-steps 4 "
+            "--train.learning-rate 0.5"
         )
-    command(f"train digits --out run --resume {SHORT} --train.num-steps 4")
+    command(f"train digits --out run --resume auto {SHORT} --train.num-steps 4")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
-    said = command("info run")
-    assert "checkpoints: [2, 4]" in said
+    said = command("info run --verify")
+    assert said.count("every digest matches") == 2
     assert "preset: digits" in said
+    assert "step: 4 of 4" in said
+    assert re.search("loss: [0-9.]+ [▁-█]{2} [0-9.]+", said)
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
     command("sample run --num-images 3 --steps 2 --out drawn.png")
     command("export run run.safetensors")
     with pytest.raises(SystemExit, match=r"run\.safetensors exists"):
         command("export run run.safetensors")
     command("sample run.safetensors --num-images 3 --steps 2 --out again.png")
+    command("export run folder --diffusers --step 2")
+    assert (tmp_path / "folder" / "unet" / "config.json").exists()
+    command("sample folder --num-images 1 --steps 2 --out third.png")
+    with pytest.raises(SystemExit, match="folder exists"):
+        command("export run folder --diffusers --overwrite")
     assert (tmp_path / "drawn.png").read_bytes()[-500:] == (tmp_path / "again.png").read_bytes()[
         -500:
     ]
@@ -107,7 +116,8 @@ def test_presets_say_command_hardware_and_score():
         ("sample digits --num-images 0", "at least one image"),
         ("sample digits --out drawn.jpg", "must end in .png"),
         ("sample digits --seed 99999999999999999999", "too large|too big|out of"),
-        ("export digits here.safetensors", "not a run folder"),
+        ("sample digits --step 3", "step"),
+        ("sample digits --config cats", "cats"),
         ("train cifar10 --data-dir nowhere", "no data set 'cifar10'.*tfds build cifar10"),
         ("train digits --model.image-size 16 --out r", "the network takes"),
         ("train digits --data.split test --out r", "one split, 'train'"),
@@ -158,3 +168,37 @@ def test_weights_of_another_network_are_refused(tmp_path):
     save_weights(tmp_path / "bare.safetensors", model.params, {"model": {}})
     with pytest.raises(ValueError, match="no model and schedule"):
         ddim.load_model(tmp_path / "bare.safetensors")
+
+
+def test_a_signal_ends_the_command_with_its_own_code(command, tmp_path, monkeypatch, capsys):
+    from ddim_jax.run_folder import StopSignals
+
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
+    with pytest.raises(SystemExit) as stop:
+        command(f"train digits --out run {SHORT} --train.num-steps 6")
+    assert stop.value.code == 75
+    assert "stopped by a signal at step 3, saved in run" in capsys.readouterr().err
+    monkeypatch.undo()
+    command_line = f"train digits --out {tmp_path}/run {SHORT} --train.num-steps 6 --resume must"
+    monkeypatch.setattr("sys.argv", ["ddim-jax", *command_line.split()])
+    cli.main()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+
+
+def test_generate_many_images(command, tmp_path):
+    line = "generate digits --out many --num-images 12 --steps 2 --batch-size 2 --shard-size 4"
+    assert "12 images" in command(line)
+    names = {p.name for p in (tmp_path / "many").iterdir()}
+    assert names == {"settings.json", *(f"images-0000{i}-of-00003.npy" for i in range(3))}
+    command(line)  # finished: nothing to do
+    with pytest.raises(SystemExit, match="eta: there 0.0, now 0.5"):
+        command(line + " --eta 0.5")
+
+
+def test_data_commands(command):
+    assert "digits" in command("data list").split()
+    with pytest.raises(SystemExit, match="pip install tensorflow"):
+        command("data prepare cifar10")
+    with pytest.raises(SystemExit, match="say which data set to prepare"):
+        command("data prepare")

@@ -1,8 +1,5 @@
 """Training: the update against float64 NumPy, closed forms, exact resume, divergence, export."""
 
-import dataclasses
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +7,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddim_jax import training
-from ddim_jax.checkpoint import CheckpointError, restore_config, restore_part, saved_steps
 from ddim_jax.data import Dataset
 from ddim_jax.schedule import linear_schedule, schedule_from_alpha_bar
-from ddim_jax.training import TrainConfig, fit, init_state, make_train_step
+from ddim_jax.training import TrainConfig, init_state, make_train_step
 
 SCHEDULE = linear_schedule(10, 0.01, 0.3)
 
@@ -62,7 +58,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("grad_clip", [0.05, 1e6])
 def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch, grad_clip, decay):
-    def toy_loss(denoise, schedule, x_0, key):  # least squares: no noise, no t
+    def toy_loss(denoise, schedule, x_0, key, indices):  # least squares: no noise, no t
         error = denoise(x_0, jnp.ones(x_0.shape[:1], jnp.int32)) - 0.3
         return (error * error).mean()
 
@@ -137,7 +133,7 @@ def test_flips_mirror_half_of_the_images(monkeypatch, flip):
     images = np.zeros((64, 2, 4, 1), np.uint8)
     images[:, :, 2:] = 255
 
-    def toy_loss(denoise, schedule, x_0, key):
+    def toy_loss(denoise, schedule, x_0, key, indices):
         side = jnp.array([-1.0, -1.0, 1.0, 1.0])[None, None, :, None]
         return (x_0 * side).mean() + 0.0 * denoise(x_0, jnp.ones(64, jnp.int32)).mean()
 
@@ -159,7 +155,7 @@ def test_labels_reach_the_network_and_some_are_hidden(monkeypatch):
     def apply_fn(params, x, t, dropout_key=None, labels=None):
         return params["w"] * (labels == 7).astype(x.dtype)[:, None, None, None] + 0.0 * x
 
-    monkeypatch.setattr(training, "loss", lambda f, s, x, key: f(x, None).mean())
+    monkeypatch.setattr(training, "loss", lambda f, s, x, key, indices: f(x, None).mean())
     config = make_config(label_dropout=0.2)
     step = make_train_step(apply_fn, SCHEDULE, config, num_classes=7)
     batch = {
@@ -238,163 +234,11 @@ def test_the_step_exports_to_tpu_and_cuda_without_its_weights():
         ("label_dropout", 1.5, r"label_dropout must be in \[0, 1\]"),
         ("seed", -1, "seed must be in 0"),
         ("keep", 0, "keep must be at least 1"),
-        ("checkpoint_every", 5, "checkpoint_every must be a multiple of log_every = 2, got 5"),
+        ("accumulate", 3, "accumulate must be a divisor of batch_size = 8, got 3"),
+        ("fsdp", 0, "fsdp must be at least 1"),
+        ("sample_every", -1, "sample_every must be at least 0"),
     ],
 )
 def test_a_config_rejects(field, value, message):
     with pytest.raises(ValueError, match=message):
         make_config(**{field: value})
-
-
-# The loop.
-
-
-def train(directory, config=None, **options):
-    options = {"progress": False, "facts": {"model": {"kind": "affine"}}, **options}
-    dataset = options.pop("dataset", make_dataset())
-    return fit(
-        affine, affine_params(), SCHEDULE, dataset, config or make_config(), directory, **options
-    )
-
-
-def logged(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
-
-
-def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):
-    seen = []
-    config = make_config(num_steps=11, keep=2)
-    state = train(tmp_path, config, progress=True, on_log=lambda s, line: seen.append(line))
-    assert saved_steps(tmp_path / "checkpoints") == [8, 11]
-    assert_same(restore_part(tmp_path / "checkpoints", "ema"), state.ema)
-    saved = restore_config(tmp_path / "checkpoints")
-    assert TrainConfig(**saved["train"]) == config
-    assert (saved["model"], saved["data"]) == ({"kind": "affine"}, {"name": "noise"})
-    assert [line["step"] for line in seen] == [2, 4, 6, 8, 10, 11]
-    assert seen == [
-        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert all(line["images_per_second"] > 0 for line in seen)
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
-    assert "11/11" in capsys.readouterr().err
-
-
-def test_logged_values_are_means_over_the_interval(tmp_path):
-    train(tmp_path / "each", make_config(log_every=1))
-    train(tmp_path / "four", make_config(log_every=4))
-    each = np.array(logged(tmp_path / "each"))
-    four = np.array(logged(tmp_path / "four"))
-    np.testing.assert_allclose(four[:, 1:], each[:, 1:].reshape(3, 4, 2).mean(1), rtol=1e-6)
-
-
-@pytest.mark.parametrize("killed_at", [2, 6, 10])
-def test_a_resumed_run_is_the_unbroken_run(tmp_path, killed_at):
-    unbroken = train(tmp_path / "unbroken")
-
-    def kill(state, line):
-        if line["step"] == killed_at:
-            raise KeyboardInterrupt
-
-    config = make_config(checkpoint_every=2)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "broken", config, on_log=kill)
-    saved = saved_steps(tmp_path / "broken" / "checkpoints")
-    assert saved[-1:] == ([killed_at - 2] if killed_at > 2 else [])  # 2: before the first
-    resumed = train(tmp_path / "broken", resume=True)
-    assert_same(resumed, unbroken)
-    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
-
-
-def test_a_finished_run_can_be_made_longer(tmp_path):
-    unbroken = train(tmp_path / "long", make_config(num_steps=20))
-    train(tmp_path / "short", make_config(num_steps=8))
-    assert_same(train(tmp_path / "short", make_config(num_steps=20), resume=True), unbroken)
-    assert logged(tmp_path / "short") == logged(tmp_path / "long")
-
-
-def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path):
-    unbroken = train(tmp_path / "whole", make_config(num_steps=8))
-    (tmp_path / "dead" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "dead" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 4')
-    assert_same(train(tmp_path / "dead", make_config(num_steps=8), resume=True), unbroken)
-    lines = (tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps == [2, 4, 6, 8]
-
-
-def test_another_number_of_classes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="for 9 classes, noise has 10"):
-        train(tmp_path, num_classes=9)
-
-
-def test_a_decaying_rate_ties_the_run_to_its_length(tmp_path):
-    train(tmp_path, make_config(num_steps=4, cosine_decay=True))
-    with pytest.raises(ValueError, match=r"train\.num_steps: saved 4, now 8"):
-        train(tmp_path, make_config(num_steps=8, cosine_decay=True), resume=True)
-
-
-def test_a_torn_last_line_of_metrics_is_dropped_on_resume(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
-    whole = logged(tmp_path)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
-    train(tmp_path, make_config(num_steps=8), resume=True)
-    assert logged(tmp_path)[:2] == whole
-    assert [step for step, _, _ in logged(tmp_path)] == [2, 4, 6, 8]
-
-
-def test_a_folder_with_a_run_is_refused(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
-    before = logged(tmp_path)
-    with pytest.raises(FileExistsError, match="already holds a run; resume it, or choose another"):
-        train(tmp_path)
-    assert logged(tmp_path) == before
-    with pytest.raises(CheckpointError, match="does not exist"):
-        train(tmp_path / "nowhere", resume=True)
-
-
-def test_resuming_another_run_shows_the_differences(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
-    with pytest.raises(ValueError, match="must keep its configuration") as error:
-        train(
-            tmp_path, make_config(learning_rate=0.5), facts={"model": {"kind": "mlp"}}, resume=True
-        )
-    assert "train.learning_rate: saved 0.01, now 0.5" in str(error.value)
-    assert "model.kind: saved 'affine', now 'mlp'" in str(error.value)
-    assert "num_steps" not in str(error.value)
-    other = dataclasses.replace(make_dataset(), provenance={"name": "other"})
-    with pytest.raises(ValueError, match="data.name: saved 'noise', now 'other'"):
-        train(tmp_path, dataset=other, resume=True)
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_divergence_names_the_step_and_leaves_good_checkpoints(tmp_path, monkeypatch, where):
-    # The loss −w has the gradient −1, so that Adam without warm-up moves w by learning_rate a
-    # step: step n starts from w = 0.01 (n − 1), and w > 0.065 first holds at step 8.
-    def toy_loss(denoise, schedule, x_0, key):
-        w = denoise(x_0, None).mean()
-        if where == "loss":
-            return -w + jnp.where(w > 0.065, jnp.nan, 0.0)
-        return jax.lax.cond(w > 0.065, lambda w: jnp.sqrt(0.0 * w), lambda w: -w, w)  # slope 0 · ∞
-
-    monkeypatch.setattr(training, "loss", toy_loss)
-
-    def apply_fn(params, x, t, dropout_key=None):
-        return params["w"] + 0.0 * x
-
-    config = make_config(num_steps=40, log_every=5, checkpoint_every=5, warmup_steps=0)
-    name = "loss" if where == "loss" else "grad_norm"
-    with pytest.raises(FloatingPointError, match=f"{name} is nan at step 8: training stopped"):
-        fit(
-            apply_fn,
-            {"w": jnp.float32(0)},
-            SCHEDULE,
-            make_dataset(),
-            config,
-            tmp_path,
-            progress=False,
-        )
-    assert saved_steps(tmp_path / "checkpoints") == [5]
-    w = restore_part(tmp_path / "checkpoints", "params")["w"]
-    np.testing.assert_allclose(w, 0.05, rtol=1e-4)

@@ -1,0 +1,391 @@
+"""The training loop: data in, steps, metrics, pictures, checkpoints; stopped and taken up at will.
+
+A checkpoint holds everything that the next step depends on, the metrics not yet logged included;
+so a resumed run is the unbroken run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ddim_jax import parallel
+from ddim_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    Restored,
+    restore,
+    saved_steps,
+    set_aside,
+)
+from ddim_jax.data import Dataset, batch_indices, batches
+from ddim_jax.images import grid
+from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
+from ddim_jax.sampling import initial_noise, make_sampler
+from ddim_jax.schedule import Schedule
+from ddim_jax.timesteps import timesteps
+from ddim_jax.training import (
+    ApplyFn,
+    Metrics,
+    Params,
+    TrainConfig,
+    TrainState,
+    init_state,
+    make_train_step,
+)
+
+IN_FLIGHT = 2  # steps handed to the device before the host waits for one
+MAX_SKIPPED = 100  # updates in a row, after which a run that skips them stops nevertheless
+PREVIEW_IMAGES, PREVIEW_STEPS = 36, 20
+
+# These may change when a run is resumed; anything else would make it another run.
+FREE_ON_RESUME = (
+    "num_steps",
+    "log_every",
+    "checkpoint_every",
+    "sample_every",
+    "keep",
+    "fsdp",
+    "num_threads",
+    "num_workers",
+)
+
+
+def fit(
+    apply_fn: ApplyFn,
+    params: Params,
+    schedule: Schedule,
+    dataset: Dataset,
+    config: TrainConfig,
+    directory: str | PathLike[str],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    resume: Literal["never", "auto", "must"] = "never",
+    fallback: bool = False,
+    progress: bool = True,
+    on_log: Callable[[TrainState, dict[str, float]], None] | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainState:
+    """Trains, or continues training, in a run folder, on all devices of all processes.
+
+    The folder gets `checkpoints/`, `metrics.jsonl`, `samples/` and TensorBoard's event file. A line
+    of metrics every `log_every` steps holds the step, means of loss, gradient and parameter norm
+    since the last line, images per second, FLOP/s of the network's forward and backward pass, their
+    share of the devices' peak where that is known ("mfu"), and seconds since the start.
+
+    The host never waits for a step, but `IN_FLIGHT` steps later: data, steps and checkpoints go on
+    at the same time. Losses and gradients are looked at when they are logged, always before a
+    checkpoint: a run that diverges stops at the next line, names the first bad step and its images,
+    and leaves only good checkpoints.
+
+    SIGTERM or SIGINT (Ctrl-C) saves a checkpoint and raises `Preempted`; a second one ends the
+    process at once. The folder is locked against a second writer.
+
+    Args:
+      apply_fn: see `make_train_step`.
+      params: initial parameters; on resume only their shapes matter.
+      schedule: of the forward process.
+      dataset: images to train on.
+      config: how to train.
+      directory: the run folder, made if missing.
+      facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
+        "data" (the data set's provenance): {"model": …}, what a reader needs to rebuild apply_fn.
+      num_classes: see `make_train_step`.
+      resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
+        "auto": continue where there is a checkpoint, begin where there is none.
+      fallback: where the latest checkpoint is damaged, say so, move it to `damaged/` and continue
+        from the newest intact one.
+      progress: show a progress bar on stderr.
+      on_log: called with the state and each line of metrics; the state dies with the next step,
+        so copy what you keep.
+      say: told what the user should know.
+
+    Returns:
+      The state after `config.num_steps` steps.
+
+    Raises:
+      FileExistsError: the folder holds a run and `resume` is "never".
+      BlockingIOError: another process trains in the folder.
+      CheckpointError: nothing to resume, no readable checkpoint that fits `params`, or a checkpoint
+        could not be written.
+      ValueError: the saved configuration differs, and the message shows where; or the batch cannot
+        be split over the devices.
+      FloatingPointError: a loss or gradient is not finite.
+      Preempted: a signal asked to stop, and the state is saved.
+    """
+    directory = pathlib.Path(directory)
+    folder = directory / "checkpoints"
+    if resume not in ("never", "auto", "must"):
+        raise ValueError(f"resume must be 'never', 'auto' or 'must', got {resume!r}")
+    if num_classes not in (None, dataset.num_classes):
+        raise ValueError(
+            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
+        )
+    mesh = parallel.make_mesh(config.fsdp)
+    if config.batch_size % (mesh.size * config.accumulate):
+        raise ValueError(
+            f"batch_size = {config.batch_size} in accumulate = {config.accumulate} parts cannot be "
+            f"split over {mesh.size} devices: make it a multiple of "
+            f"{mesh.size * config.accumulate}"
+        )
+    if resume == "never" and (saved_steps(folder) or (directory / LOG).exists()):
+        raise FileExistsError(
+            f"{directory} already holds a run; resume it, or choose another folder"
+        )
+    if resume == "must" and not saved_steps(folder):
+        raise CheckpointError(
+            f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
+            "none"
+        )
+    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **(facts or {})}
+    config_dict = json.loads(json.dumps(config_dict))  # as a checkpoint returns it
+    params = jax.tree.map(np.asarray, params)
+    like = jax.eval_shape(lambda p: init_state(p, config), params)
+    sharding = parallel.state_sharding(mesh, like)
+    with locked(directory), StopSignals() as signals:
+        step, waiting = 0, {}
+        if saved_steps(folder):
+            like = jax.tree.map(_placed, like, sharding)
+            restored = _restore(folder, like, fallback, say)
+            check_same_run(restored.config, config_dict)
+            state, step = restored.state, restored.step
+            waiting = restored.data_state["waiting"]
+        else:
+            state = jax.jit(lambda p: init_state(p, config), out_shardings=sharding)(params)
+        start = step
+        iterator = batches(
+            dataset,
+            config.batch_size,
+            config.seed,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=config.num_threads,
+            num_workers=config.num_workers,
+        )
+        train_step: Any = make_train_step(apply_fn, schedule, config, num_classes, mesh)
+        flops = 3 * flops_per_image(apply_fn, like.params, dataset.image_shape, num_classes)
+        peak = parallel.peak_flops(jax.devices()[0].device_kind)
+        preview = _make_preview(
+            apply_fn, schedule, dataset.image_shape, num_classes, mesh, config.seed, say
+        )
+        pending: list[Metrics] = []  # on the devices
+        began = logged = time.perf_counter()
+        since = start  # the step of the last line of this process
+        shown = progress and jax.process_index() == 0
+        with (
+            Checkpoints(folder, config.keep) as checkpoints,
+            MetricsLog(directory, start) as log,
+            tqdm(total=config.num_steps, initial=start, unit="step", disable=not shown) as bar,
+        ):
+            while step < config.num_steps:
+                batch = parallel.put_batch(mesh, next(iterator))
+                if step == start:
+                    train_step = train_step.lower(state, batch).compile()
+                    began = logged = time.perf_counter()
+                state, metrics = train_step(state, batch)
+                step += 1
+                pending.append(metrics)
+                if len(pending) > IN_FLIGHT:
+                    pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
+                bar.update()
+                last = step == config.num_steps
+                stop = signals.requested(step) and not last
+                to_save = step % config.checkpoint_every == 0 or last or stop
+                to_log = step % config.log_every == 0 or last
+                if to_save or to_log:
+                    _collect(waiting, pending, step, dataset, config)
+                    pending = []
+                if to_log and waiting["loss"]:
+                    line = {"step": step, **_means(waiting, config)}
+                    now = time.perf_counter()
+                    speed = (step - since) * config.batch_size / (now - logged)
+                    line |= {"images_per_second": speed, "flops_per_second": speed * flops}
+                    if peak:
+                        line["mfu"] = speed * flops / (peak * mesh.size)
+                    line["seconds"] = now - began
+                    log.line(line)
+                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
+                    if on_log:
+                        on_log(state, line)
+                    waiting, logged, since = {}, now, step
+                if to_save:
+                    position = {"batch": step, "waiting": waiting}
+                    checkpoints.save(step, state, position, config_dict)
+                if config.sample_every and (step % config.sample_every == 0 or last):
+                    preview(state.ema, step, log)
+                if stop:
+                    break
+        if step < config.num_steps:
+            raise Preempted(step, directory)
+    return state
+
+
+def flops_per_image(
+    apply_fn: ApplyFn, params: Params, image_shape: tuple[int, ...], num_classes: int | None = None
+) -> float:
+    """Floating-point operations of one forward pass on one image, counted by XLA.
+
+    Args:
+      apply_fn: the network.
+      params: its parameters, or their shapes.
+      image_shape: (H, W, C).
+      num_classes: see `make_train_step`.
+
+    Returns:
+      FLOP; a backward pass takes about twice as many.
+
+    Example:
+      >>> weight = jnp.zeros((64, 64))
+      >>> network = lambda w, x, t, dropout_key=None: (x.reshape(1, 64) @ w).reshape(x.shape)
+      >>> flops_per_image(network, weight, (8, 8, 1))
+      8192.0
+    """
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    labels = {} if num_classes is None else {"labels": t}
+    plain = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    counted = jax.jit(apply_fn).lower(plain, x, t, **labels).cost_analysis() or {}
+    return float(counted.get("flops", math.nan))
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError, showing each difference, where two configurations make two runs."""
+
+    def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+        paths = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda v: v is None)[0]
+        named = {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in paths}
+        free = {f"train.{name}" for name in FREE_ON_RESUME}
+        if named.get("train.cosine_decay"):
+            free.remove("train.num_steps")
+        return {name: value for name, value in named.items() if name not in free}
+
+    a, b = flat(saved), flat(wanted)
+    differ = [
+        f"  {name}: saved {a.get(name, 'nothing')!r}, now {b.get(name, 'nothing')!r}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
+        )
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _restore(
+    folder: pathlib.Path, like: TrainState, fallback: bool, say: Callable[[str], None]
+) -> Restored:
+    """The latest checkpoint; with `fallback` the newest intact one, damaged ones moved aside."""
+    damaged: list[int] = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            restored = restore(folder, like, step)
+        except DamagedError as error:
+            if not fallback:
+                raise DamagedError(
+                    f"{error}. --fallback (fallback=True) goes on from the newest intact one, and "
+                    "moves the damaged aside"
+                ) from error
+            say(f"warning: {error}")
+            damaged.append(step)
+            continue
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints were read")
+        for bad in damaged if jax.process_index() == 0 else ():
+            say(f"warning: moved the damaged checkpoint {bad} to {set_aside(folder, bad)}")
+        if damaged:
+            say(f"going on from step {step}, the newest intact checkpoint")
+        return restored
+    raise DamagedError(f"no checkpoint in {folder} is intact: {', '.join(map(str, damaged))}")
+
+
+def _collect(
+    waiting: dict[str, list[float]],
+    pending: list[Metrics],
+    step: int,
+    dataset: Dataset,
+    config: TrainConfig,
+) -> None:
+    """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one."""
+    fetched = jax.device_get(pending)  # waits for the devices
+    for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
+        values = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad and not (config.skip_nonfinite and math.isfinite(values["param_norm"])):
+            images = batch_indices(dataset, config.batch_size, config.seed, at - 1)
+            raise FloatingPointError(
+                f"{bad[0]} is {values[bad[0]]} at step {at}: training stopped. Its batch was "
+                f"images {_first(images)} of {dataset.name}. Checkpoints are from before it; try a "
+                "lower learning_rate or grad_clip in a new run, or skip_nonfinite"
+            )
+        waiting.setdefault("skipped", []).append(float(bool(bad)))
+        for name, value in values.items():
+            waiting.setdefault(name, []).extend([] if bad else [value])
+        if not waiting["loss"] and len(waiting["skipped"]) >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the {MAX_SKIPPED} updates up to step {at} were all skipped, as none had a finite "
+                "loss and gradient: training stopped"
+            )
+
+
+def _means(waiting: Mapping[str, list[float]], config: TrainConfig) -> dict[str, float]:
+    means = {name: sum(v) / len(v) for name, v in waiting.items() if name != "skipped"}
+    return means | ({"skipped": sum(waiting["skipped"])} if config.skip_nonfinite else {})
+
+
+def _first(images: np.ndarray, count: int = 8) -> str:
+    more = f", … ({len(images)} in all)" if len(images) > count else ""
+    return ", ".join(str(i) for i in images[:count]) + more
+
+
+def _make_preview(
+    apply_fn: ApplyFn,
+    schedule: Schedule,
+    image_shape: tuple[int, int, int],
+    num_classes: int | None,
+    mesh: Mesh,
+    seed: int,
+    say: Callable[[str], None],
+) -> Callable[[Params, int, MetricsLog], None]:
+    """Draws the same x_T with the moving average, η = 0; process 0 does so, on its first device."""
+    gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))
+
+    def network(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
+        if num_classes is None:
+            return apply_fn(params, x, t)
+        return apply_fn(params, x, t, labels=jnp.arange(x.shape[0]) % num_classes)
+
+    tau = timesteps(schedule.num_steps, min(PREVIEW_STEPS, schedule.num_steps))
+    sampler = make_sampler(network, schedule, tau)
+
+    def preview(ema: Params, step: int, log: MetricsLog) -> None:
+        whole = gather(ema)
+        if jax.process_index() == 0 and image_shape[2] in (1, 3):
+            own = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+            x_T = initial_noise(jax.random.key(seed), PREVIEW_IMAGES, image_shape)
+            images = np.asarray(sampler(own, x_T))
+            if np.isfinite(images).all():
+                log.picture(step, grid(images, scale=max(1, 64 // image_shape[0])))
+            else:
+                say(f"no picture of step {step}: the samples are not finite")
+
+    return preview

@@ -1,0 +1,137 @@
+"""What the training loop costs: `fit` against a step written by hand, checkpoints, and the input.
+
+    python experiments/benchmarks/train_loop.py [--preset mnist] [--steps 30] [--rounds 3]
+
+All in one run, in turns, so that what else the machine does falls on both. Printed:
+
+- the time of `fit`'s step over that of the same step written by hand with optax, jitted, in a bare
+  loop on one batch that stays on the device: no input, no log, no checkpoint, no signals;
+- the time of `fit` with a checkpoint every `--checkpoint-every` steps over that without;
+- images/s of the input pipeline alone, over those of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddim_jax.data import batches, load
+from ddim_jax.loop import fit
+from ddim_jax.presets import PRESETS
+from ddim_jax.unet import build
+
+
+def by_hand(apply_fn, alpha_bar, config):
+    """The step as one would write it for oneself."""
+    optimizer = optax.chain(optax.clip_by_global_norm(config.grad_clip),
+                            optax.adam(config.learning_rate))  # fmt: skip
+    root, rest = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    root, rest = jnp.asarray(root, jnp.float32), jnp.asarray(rest, jnp.float32)
+
+    def step(params, ema, opt_state, key, images):
+        x_0 = images.astype(jnp.float32) / 127.5 - 1
+        t_key, noise_key, dropout_key = jax.random.split(key, 3)
+        t = jax.random.randint(t_key, x_0.shape[:1], 1, len(alpha_bar))
+        noise = jax.random.normal(noise_key, x_0.shape)
+        x_t = root[t][:, None, None, None] * x_0 + rest[t][:, None, None, None] * noise
+
+        def loss(params):
+            return ((apply_fn(params, x_t, t, dropout_key) - noise) ** 2).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, p: e + (1 - config.ema_decay) * (p - e), ema, params)
+        return params, ema, opt_state, value
+
+    return optimizer, jax.jit(step, donate_argnums=(0, 1, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="digits", choices=PRESETS)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoint-every", type=int, default=100)
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]()
+    dataset = preset.data.load() if args.preset != "digits" else load("digits")
+    dataset.take(np.arange(min(len(dataset), 5000)))  # decoded once, as in all epochs but the first
+    apply_fn, params = build(preset.model, jax.random.key(0))
+    schedule = preset.schedule.build()
+    config = dataclasses.replace(
+        preset.train,
+        batch_size=args.batch_size or preset.train.batch_size,
+        num_steps=args.steps + 5,
+        log_every=5,
+        checkpoint_every=10**9,
+        sample_every=0,
+        flip=False,
+    )
+    optimizer, step = by_hand(apply_fn, np.asarray(schedule.alpha_bar), config)
+    images = next(batches(dataset, config.batch_size, 0))["image"]
+
+    def hand() -> float:
+        state = (jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, params),
+                 optimizer.init(params))  # fmt: skip
+        batch, key = jax.device_put(images), jax.random.key(0)
+        for n in range(args.steps + 5):
+            *state, value = step(*state, jax.random.fold_in(key, n), batch)
+            if n == 4:
+                value.block_until_ready()
+                began = time.perf_counter()
+        value.block_until_ready()
+        return (time.perf_counter() - began) / args.steps
+
+    def ours(checkpoint_every: int = 10**9) -> float:
+        seconds = {}
+        with tempfile.TemporaryDirectory() as folder:
+            fit(
+                apply_fn,
+                params,
+                schedule,
+                dataset,
+                dataclasses.replace(config, checkpoint_every=checkpoint_every),
+                folder + "/run",
+                progress=False,
+                on_log=lambda state, line: seconds.update({line["step"]: line["seconds"]}),
+            )
+        return (seconds[args.steps + 5] - seconds[5]) / args.steps
+
+    rows = []
+    for _ in range(args.rounds + 1):
+        rows.append((hand(), ours(), ours(args.checkpoint_every)))
+        print("  ".join(f"{1e3 * v:.1f} ms" for v in rows[-1]), flush=True)
+    rows = rows[1:]  # the first round compiles
+    loop = statistics.median(o / h for h, o, _ in rows)
+    saving = statistics.median(s / o for _, o, s in rows)
+
+    iterator = batches(dataset, config.batch_size, 0, num_threads=config.num_threads)
+    next(iterator)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 5:
+        next(iterator)
+        count += config.batch_size
+    fed = count / (time.perf_counter() - began)
+    rate = config.batch_size / statistics.median(o for _, o, _ in rows)
+    print(f"""
+{args.preset}, batch {config.batch_size}, {args.steps} steps, {args.rounds} rounds, {jax.devices()[0].device_kind}, jax {jax.__version__}
+| figure | median | rounds |
+|---|---|---|
+| fit / by hand | {loop:.3f} | {", ".join(f"{o / h:.3f}" for h, o, _ in rows)} |
+| with a checkpoint every {args.checkpoint_every} / without | {saving:.3f} | {", ".join(f"{s / o:.3f}" for _, o, s in rows)} |
+| training, images/s | {rate:.0f} | |
+| input alone, images/s | {fed:.0f} | {fed / rate:.0f}× training |""")  # noqa: E501
+
+
+if __name__ == "__main__":
+    main()

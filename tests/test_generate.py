@@ -1,0 +1,473 @@
+"""Folders of images: the same on any number of devices, after any kill, and never overwritten."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import ddim_jax as ddim
+from ddim_jax import generate as module
+from ddim_jax.generate import generate, iter_shards, make_draw
+from ddim_jax.unet import UNetConfig
+
+SHAPE = (4, 4, 1)
+CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective|reduce-scatter|ragged|send|recv"
+
+
+def linear(params, x, t, labels=None):
+    """ε = w x, shifted by the class."""
+    shift = 0.0 if labels is None else labels[:, None, None, None].astype(x.dtype)
+    return params["w"] * x + shift
+
+
+def toy(apply_fn=linear, w=0.25, num_classes=None):
+    config = UNetConfig(
+        4, 1, 32, (1,), attention_resolutions=(), num_blocks=1, num_classes=num_classes
+    )
+    return ddim.Model(
+        apply_fn, {"w": jnp.float32(w)}, ddim.linear_schedule(20, 0.01, 0.3), config, {}
+    )
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """Draws 21 images of the toy model in shards of 4, into a folder named once."""
+
+    def run(name="images", model=None, num_images=21, steps=5, **changes):
+        small = {"batch_size": 2, "shard_size": 4, "progress": False, **changes}
+        return generate(model or toy(), tmp_path / name, num_images, steps, **small)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return ddim.load_model("digits")
+
+
+def images(folder):
+    return np.concatenate(list(iter_shards(folder)))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def x_T(numbers, seed=0, shape=SHAPE):
+    return ddim.initial_noise(jax.random.split(jax.random.key(seed))[0], numbers, shape)
+
+
+# The images.
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(
+    ("spacing", "tau"), [("linear", [5, 10, 15, 20]), ("quadratic", [1, 5, 11, 20])]
+)
+def test_of_a_linear_network_they_are_a_multiple_of_x_T(draw, spacing, tau, seed):
+    alpha_bar = np.concatenate([[1], np.cumprod(1 - np.linspace(0.01, 0.3, 20))])
+    factor = 1.0
+    for t, s in zip(tau[::-1], [*tau[-2::-1], 0]):
+        x_0 = (1 - np.sqrt(1 - alpha_bar[t]) * 0.25) / np.sqrt(alpha_bar[t])
+        factor *= np.sqrt(alpha_bar[s]) * x_0 + np.sqrt(1 - alpha_bar[s]) * 0.25
+    exact = np.clip(127.5 * (1 + factor * np.asarray(x_T(21, seed), np.float64)), 0, 255)
+    drawn = images(draw(steps=4, spacing=spacing, seed=seed))
+    assert drawn.shape == (21, *SHAPE)
+    assert drawn.dtype == np.uint8
+    assert np.abs(drawn - exact).max() < 0.5 + 1e-3
+    assert 0 < np.mean(drawn == 255) < 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"eta": 0.5}, {"eta": 1.0, "use_sigma_hat": True, "clip": True}], ids=str
+)
+def test_they_are_those_of_a_plain_sampler(digits, draw, options):
+    folder = draw(
+        model=digits, num_images=12, steps=3, seed=7, devices=jax.devices()[:2], **options
+    )
+    key, noise_key = jax.random.split(jax.random.key(7))
+    eta, clip = options["eta"], options.pop("clip", False)
+    sampler = ddim.make_sampler(
+        digits.apply_fn,
+        digits.schedule,
+        [333, 666, 1000],
+        x0_fn=ddim.clip_x0() if clip else None,
+        **options,
+    )
+    plain = sampler(digits.params, ddim.initial_noise(key, 12, (8, 8, 1)), noise_key, eta=eta)
+    pixels = np.clip(np.rint(127.5 * (np.asarray(plain) + 1)), 0, 255)
+    differs = pixels != images(folder)
+    assert np.abs(pixels - images(folder)).max() <= 1
+    assert differs.mean() < 0.01
+
+
+def test_the_number_of_devices_changes_no_bit(digits, draw):
+    folders = [
+        draw(
+            f"on {n}", digits, 40, 3, eta=1.0, batch_size=4, shard_size=8, devices=jax.devices()[:n]
+        )
+        for n in (1, 2, 4, 8)
+    ]
+    assert len(contents(folders[0])) == 6
+    for folder in folders[1:]:
+        assert contents(folder) == contents(folders[0])
+
+
+def test_the_batch_size_changes_rounding_alone(digits, draw):
+    a, b = (
+        images(draw(f"by {size}", digits, 120, 10, batch_size=size, shard_size=120)).astype(int)
+        for size in (8, 15)
+    )
+    assert np.abs(a - b).max() <= 1
+    assert np.mean(a != b) < 1e-3
+
+
+def test_classes_cycle(draw):
+    folder = draw(model=toy(num_classes=3), labels="cycle")
+    labels = np.arange(21) % 3
+    model = toy()
+    plain = ddim.sample(
+        lambda x, t: linear(model.params, x, t, labels), x_T(21), model.schedule, [4, 8, 12, 16, 20]
+    )
+    np.testing.assert_array_equal(images(folder), ddim.images.to_uint8(plain))
+    without = images(draw("without", toy(num_classes=3)))
+    np.testing.assert_array_equal(without, images(draw("plain")))
+    assert (without[labels == 0] == images(folder)[labels == 0]).all()
+    assert (without[labels == 1] != images(folder)[labels == 1]).any()
+
+
+# The program.
+
+
+def hlo(function, *args):
+    return function.lower(*args).compile().as_text()
+
+
+def test_the_compiled_sampler_has_no_collective(digits):
+    mesh = Mesh(np.array(jax.devices()), ("images",))
+    function = make_draw(digits, mesh, ddim.timesteps(1000, 3), 1.0)
+    keys = jax.random.split(jax.random.key(0))
+    text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32))
+    assert "num_partitions=8" in text
+    assert "f32[4,8,8,1]" in text  # a slice of 4 images on each of the 8
+    assert "f32[32,8,8,1]" not in text
+    assert not re.findall(rf"= \S+ (?:{COLLECTIVES})[\w-]*\(", text)
+
+
+def test_a_collective_would_be_seen():
+    mesh = Mesh(np.array(jax.devices()), ("images",))
+    split = PartitionSpec("images")
+    function = jax.shard_map(
+        lambda x: x - jax.lax.pmean(x, "images"), mesh=mesh, in_specs=split, out_specs=split
+    )
+    assert re.findall(rf"= \S+ (?:{COLLECTIVES})[\w-]*\(", hlo(jax.jit(function), jnp.ones(8)))
+
+
+def test_it_is_traced_once_for_all_batches(draw):
+    calls = []
+
+    def counted(params, x, t):
+        calls.append(x.shape)
+        return linear(params, x, t)
+
+    draw("one batch", toy(counted), 2, devices=jax.devices()[:1])
+    once = len(calls)
+    draw("many, and a ragged one", toy(counted), 21, devices=jax.devices()[:2])
+    assert len(calls) == 2 * once
+    assert set(calls) == {(2, *SHAPE)}
+
+
+def test_one_batch_is_in_flight_while_the_last_is_fetched():
+    log = []
+
+    def draw(batch):
+        log.append(f"draw {batch[0]}")
+        return batch, batch >= 0
+
+    for batch in module._batches(draw, np.arange(0, 5, dtype=np.uint32), 2):
+        log.append(f"got {batch[0]}")
+    assert log == ["draw 0", "draw 2", "got 0", "draw 4", "got 2", "got 4"]
+
+
+def test_non_finite_images_are_numbered(draw):
+    def broken(params, x, t):
+        bad = (x[:, :1, :1] > 1.2) & (t[0] == 20)
+        return jnp.where(bad, jnp.nan, params["w"] * x)
+
+    bad = np.flatnonzero(x_T(64)[:, 0, 0, 0] > 1.2)
+    assert len(bad) > 3
+    assert bad[0] > 0
+    with pytest.raises(FloatingPointError, match=rf"numbers \[{bad[0]}\]: the model"):
+        draw(model=toy(broken), num_images=64, devices=jax.devices()[:1])
+    with pytest.raises(FloatingPointError, match=f"{len(bad)} images .*{bad[0]}, {bad[1]}"):
+        draw("wide", toy(broken), 64, batch_size=8, shard_size=64)
+    # What fills up the last batch is nobody's image.
+    draw("short", toy(broken), int(bad[0]), batch_size=8, shard_size=64)
+
+
+# The folder.
+
+
+def test_settings_say_what_determines_the_images(draw):
+    folder = draw(eta=0.5, seed=4, clip=True)
+    settings = json.loads((folder / "settings.json").read_text())
+    said = {k: settings[k] for k in ("num_images", "seed", "eta", "clip", "tau", "image_shape")}
+    assert said == {
+        "num_images": 21,
+        "seed": 4,
+        "eta": 0.5,
+        "clip": True,
+        "tau": [4, 8, 12, 16, 20],
+        "image_shape": [4, 4, 1],
+    }
+    assert settings["model"]["model"]["image_size"] == 4
+    assert settings["versions"]["jax"] == jax.__version__
+    names = [f"images-0000{i}-of-00006.npy" for i in range(6)]
+    assert sorted(contents(folder)) == [*names, "settings.json"]
+
+
+def test_finished_shards_are_left_alone_and_missing_ones_drawn(draw):
+    folder = draw()
+    before = contents(folder)
+    victims = [folder / f"images-0000{i}-of-00006.npy" for i in (1, 2, 5)]
+    for path in victims:
+        path.unlink()
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(FileNotFoundError, match=r"lacks 3 of 6 .*00001-of.*00002-of.*00005-of"):
+        iter_shards(folder)
+    for _ in range(2):
+        assert draw(devices=jax.devices()[:3]) == folder
+        assert contents(folder) == before
+        assert {n: (folder / n).stat().st_mtime_ns for n in stamps} == stamps
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_shards_and_do_not_wait(draw, monkeypatch, processes):
+    whole = contents(draw("by one process"))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for p in reversed(range(processes)):
+        monkeypatch.setattr(jax, "process_index", lambda p=p: p)
+        before = set(contents(draw("by many"))) if p < processes - 1 else set()
+        folder = draw("by many")
+        new = {int(name[7:12]) for name in set(contents(folder)) - before if name[0] == "i"}
+        assert before or new == set(range(p, 6, processes))
+    assert contents(folder) == whole
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
+assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+from ddim_jax.generate import generate
+from tests.test_generate import toy
+generate(toy(), sys.argv[1], 21, 5, 1.0, batch_size=2, shard_size=4, progress=False)
+"""
+
+
+def test_two_real_processes_of_two_devices_draw_the_same(draw, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [sys.executable, "-c", PROCESS, tmp_path / "by two", port]
+    processes = [subprocess.Popen([*arguments, str(p)], env=CPU) for p in range(2)]
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    one = draw("by one", eta=1.0, devices=jax.devices()[:1])
+    assert contents(tmp_path / "by two") == contents(one)
+
+
+CHILD = """
+import os, signal, sys
+from ddim_jax.generate import generate
+from tests.test_generate import toy
+name, countdown = sys.argv[2], int(sys.argv[3])
+call = getattr(os, name)
+def call_or_die(first, *rest):
+    global countdown
+    countdown -= 1
+    if countdown == 0:
+        os.truncate(first, os.stat(first).st_size // 2)  # half of the temporary file
+        os.kill(os.getpid(), signal.SIGKILL)
+    call(first, *rest)
+setattr(os, name, call_or_die)
+generate(toy(), sys.argv[1], 21, 5, batch_size=2, shard_size=4, progress=False)
+"""
+
+
+@pytest.mark.parametrize(("name", "call"), [("fsync", 1), ("fsync", 4), ("replace", 3)])
+def test_killed_while_writing_it_resumes_to_the_same_bytes(draw, tmp_path, name, call):
+    """The first call is for the settings, the others are for shards."""
+    folder, arguments = tmp_path / "killed", [name, str(call)]
+    child = subprocess.run([sys.executable, "-c", CHILD, folder, *arguments], env=CPU, check=False)
+    assert child.returncode == -signal.SIGKILL
+    left = sorted(contents(folder))
+    assert len([name for name in left if name.endswith(".npy")]) == max(0, call - 2)
+    assert len([name for name in left if name.endswith(".tmp")]) == 1
+    if call > 1:
+        with pytest.raises(FileNotFoundError, match=f"lacks {8 - call} of 6"):
+            iter_shards(folder)
+    draw("killed")
+    assert not list(folder.glob("images*.tmp"))
+    kept = {name: data for name, data in contents(folder).items() if not name.endswith(".tmp")}
+    assert kept == contents(draw("unbroken"))
+
+
+def damage(path, kind):
+    whole = np.load(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "half a header":
+        path.write_bytes(path.read_bytes()[:20])
+    elif kind == "text":
+        path.write_text("These are not the images you are looking for." * 9)
+    elif kind == "archive":
+        with path.open("wb") as file:
+            np.savez(file, whole)
+    elif kind == "pickle":
+        with path.open("wb") as file:
+            np.save(file, np.array([{}]), allow_pickle=True)
+    elif kind == "dtype":
+        np.save(path, whole.astype(np.float32))
+    elif kind == "shape":
+        np.save(path, whole[1:])
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "empty",
+        "half a header",
+        "text",
+        "archive",
+        "pickle",
+        "dtype",
+        "shape",
+        "folder",
+    ],
+)
+def test_a_damaged_shard_is_named_and_not_overwritten(draw, kind):
+    folder = draw()
+    path = folder / "images-00003-of-00006.npy"
+    damage(path, kind)
+    (folder / "images-00005-of-00006.npy").unlink()
+    before = None if path.is_dir() else path.read_bytes()
+    with pytest.raises(ValueError, match=r"images-00003-of-00006\.npy is damaged: .*move it away"):
+        draw()
+    assert before is None or path.read_bytes() == before
+    assert not (folder / "images-00005-of-00006.npy").exists()  # said before anything is drawn
+    shutil.copy(folder / "images-00000-of-00006.npy", folder / "images-00005-of-00006.npy")
+    with pytest.raises(ValueError, match=r"images-00003-of-00006\.npy is damaged"):
+        iter_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"eta": 0.5}, "eta: there 0.0, now 0.5"),
+        ({"steps": 4}, r"steps: there 5, now 4\n  tau: there \[4, 8, 12, "),
+        ({"seed": 1}, "seed: there 0, now 1"),
+        ({"clip": True}, "clip: there False, now True"),
+        ({"num_images": 40}, "num_images: there 21, now 40"),
+        ({"shard_size": 8}, "shard_size: there 4, now 8"),
+        ({"model": toy(w=0.3)}, "sha256: there '.*', now '"),
+        ({"model": toy()._replace(schedule=ddim.linear_schedule(20))}, "sha256: there"),
+        ({"model": toy()._replace(facts={"preset": "x"})}, "model.preset: there None, now 'x'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_other_settings_are_refused(draw, changes, says):
+    before = contents(draw())
+    with pytest.raises(ValueError, match=f"images of other settings; choose another.*\n  {says}"):
+        draw(**changes)
+    assert contents(draw()) == before
+
+
+def test_another_batch_size_may_go_on(draw):
+    folder = draw()
+    (folder / "images-00001-of-00006.npy").unlink()
+    assert len(images(draw(batch_size=4, devices=jax.devices()[:1]))) == 21
+
+
+def test_foreign_folders_are_refused(draw, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"not of these images: \['thesis.tex'\]; choose an empty"):
+        draw("thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+    folder = draw()
+    (folder / "settings.json").rename(tmp_path / "settings.json")
+    with pytest.raises(ValueError, match="not of these images"):
+        draw()
+    (tmp_path / "settings.json").rename(folder / "settings.json")
+    (folder / "images-00000-of-00050.npy").write_text("x")
+    with pytest.raises(ValueError, match="images-00000-of-00050"):
+        draw()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        (None, FileNotFoundError, "no folder of generated images: no settings.json"),
+        ("{", ValueError, "is damaged"),
+        ("[]", ValueError, "is damaged"),
+        ('{"format": 1}', ValueError, "is damaged.*num_images"),
+        ('{"format": 99}', ValueError, "format 99, this version reads up to 1"),
+    ],
+)
+def test_unreadable_settings(draw, tmp_path, text, error, says):
+    (tmp_path / "images").mkdir()
+    if text is not None:
+        (tmp_path / "images" / "settings.json").write_text(text)
+        with pytest.raises(error, match=says):
+            draw()
+    with pytest.raises(error, match=says):
+        iter_shards(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_images": 0}, r"num_images must be in 1..2\*\*31 - 1, got 0"),
+        ({"batch_size": 3}, "batch_size must divide shard_size.* 3 and 4"),
+        ({"batch_size": 0}, "must divide"),
+        ({"labels": "cycle"}, "'cycle' for a model of classes"),
+        ({"labels": "random", "model": toy(num_classes=3)}, "got 'random'"),
+        ({"steps": 21}, "S = 21 and T = 20"),
+        ({"eta": -1.0}, "eta"),
+        ({"spacing": "cubic"}, "unknown spacing"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_arguments_leave_no_folder(draw, tmp_path, changes, says):
+    with pytest.raises(ValueError, match=says):
+        draw(**changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bar_counts_images(draw, capsys):
+    folder = draw(progress=True)
+    assert re.search(r"21/21.*image", capsys.readouterr().err)
+    (folder / "images-00005-of-00006.npy").unlink()
+    draw(progress=True)
+    assert re.search(r"20/21", capsys.readouterr().err)

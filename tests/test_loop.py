@@ -1,0 +1,396 @@
+"""The loop: exact resumption, signals, locks, damage, divergence; on one device and on eight."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim_jax import training
+from ddim_jax.checkpoint import (
+    CheckpointError,
+    DamagedError,
+    restore_config,
+    restore_part,
+    saved_steps,
+)
+from ddim_jax.data import Dataset
+from ddim_jax.loop import fit, flops_per_image
+from ddim_jax.run_folder import Preempted, locked, writer
+from ddim_jax.schedule import linear_schedule
+from ddim_jax.summary import summarise
+from ddim_jax.training import TrainConfig
+
+SCHEDULE = linear_schedule(10, 0.01, 0.3)
+
+
+def affine(params, x, t, dropout_key=None, labels=None):
+    """The smallest network with weights; ten per cent dropout when it gets a key."""
+    out = params["w"] * x + params["b"]
+    if dropout_key is not None:
+        out = out * jax.random.bernoulli(dropout_key, 0.9, x.shape).astype(x.dtype)
+    return out
+
+
+def affine_params():
+    return {"w": jnp.float32(0.5), "b": jnp.float32(-0.25)}
+
+
+def make_config(**changes):
+    small = {"batch_size": 8, "num_steps": 12, "log_every": 2, "checkpoint_every": 4}
+    return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
+
+
+def make_batch(size, seed=0, shape=(4, 4, 1)):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, *shape), np.uint8)
+    return {"image": images, "label": rng.integers(0, 10, size, np.int32)}
+
+
+def make_dataset(size=40):
+    arrays = make_batch(size)
+
+    def read(indices):
+        return arrays["image"][indices], arrays["label"][indices]
+
+    return Dataset("noise", "train", size, (4, 4, 1), 10, {"name": "noise"}, read)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(x, y)
+
+
+def train(directory, config=None, **options):
+    options = {"progress": False, "facts": {"model": {"kind": "affine"}}, **options}
+    dataset = options.pop("dataset", make_dataset())
+    return fit(
+        affine, affine_params(), SCHEDULE, dataset, config or make_config(), directory, **options
+    )
+
+
+def logged(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):
+    seen = []
+    config = make_config(num_steps=11, keep=2)
+    state = train(tmp_path, config, progress=True, on_log=lambda s, line: seen.append(line))
+    assert saved_steps(tmp_path / "checkpoints") == [8, 11]
+    assert_same(restore_part(tmp_path / "checkpoints", "ema"), state.ema)
+    saved = restore_config(tmp_path / "checkpoints")
+    assert TrainConfig(**saved["train"]) == config
+    assert (saved["model"], saved["data"]) == ({"kind": "affine"}, {"name": "noise"})
+    assert [line["step"] for line in seen] == [2, 4, 6, 8, 10, 11]
+    assert seen == [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(line["images_per_second"] > 0 for line in seen)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+    assert "11/11" in capsys.readouterr().err
+
+
+def test_logged_values_are_means_over_the_interval(tmp_path):
+    train(tmp_path / "each", make_config(log_every=1))
+    train(tmp_path / "four", make_config(log_every=4))
+    each = np.array(logged(tmp_path / "each"))
+    four = np.array(logged(tmp_path / "four"))
+    np.testing.assert_allclose(four[:, 1:], each[:, 1:].reshape(3, 4, 2).mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("killed_at", [2, 6, 10])
+def test_a_resumed_run_is_the_unbroken_run(tmp_path, killed_at):
+    unbroken = train(tmp_path / "unbroken")
+
+    def kill(state, line):
+        if line["step"] == killed_at:
+            raise KeyboardInterrupt
+
+    config = make_config(checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken", config, on_log=kill)
+    saved = saved_steps(tmp_path / "broken" / "checkpoints")
+    assert saved[-1:] == ([killed_at - 2] if killed_at > 2 else [])  # 2: before the first
+    resumed = train(tmp_path / "broken", resume="auto")
+    assert_same(resumed, unbroken)
+    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    unbroken = train(tmp_path / "long", make_config(num_steps=20))
+    train(tmp_path / "short", make_config(num_steps=8))
+    assert_same(train(tmp_path / "short", make_config(num_steps=20), resume="must"), unbroken)
+    assert logged(tmp_path / "short") == logged(tmp_path / "long")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path):
+    unbroken = train(tmp_path / "whole", make_config(num_steps=8))
+    (tmp_path / "dead" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "dead" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 4')
+    assert_same(train(tmp_path / "dead", make_config(num_steps=8), resume="auto"), unbroken)
+    lines = (tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_another_number_of_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="for 9 classes, noise has 10"):
+        train(tmp_path, num_classes=9)
+
+
+def test_a_decaying_rate_ties_the_run_to_its_length(tmp_path):
+    train(tmp_path, make_config(num_steps=4, cosine_decay=True))
+    with pytest.raises(ValueError, match=r"train\.num_steps: saved 4, now 8"):
+        train(tmp_path, make_config(num_steps=8, cosine_decay=True), resume="must")
+
+
+def test_a_torn_last_line_of_metrics_is_dropped_on_resume(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    whole = logged(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    train(tmp_path, make_config(num_steps=8), resume="must")
+    assert logged(tmp_path)[:2] == whole
+    assert [step for step, _, _ in logged(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    before = logged(tmp_path)
+    with pytest.raises(FileExistsError, match="already holds a run; resume it, or choose another"):
+        train(tmp_path)
+    assert logged(tmp_path) == before
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from; resume 'auto' begins"):
+        train(tmp_path / "nowhere", resume="must")
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(ValueError, match="'never', 'auto' or 'must', got True"):
+        train(tmp_path, resume=True)
+
+
+def test_resuming_another_run_shows_the_differences(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    with pytest.raises(ValueError, match="must keep its configuration") as error:
+        train(
+            tmp_path,
+            make_config(learning_rate=0.5),
+            facts={"model": {"kind": "mlp"}},
+            resume="must",
+        )
+    assert "train.learning_rate: saved 0.01, now 0.5" in str(error.value)
+    assert "model.kind: saved 'affine', now 'mlp'" in str(error.value)
+    assert "num_steps" not in str(error.value)
+    other = dataclasses.replace(make_dataset(), provenance={"name": "other"})
+    with pytest.raises(ValueError, match="data.name: saved 'noise', now 'other'"):
+        train(tmp_path, dataset=other, resume="must")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_divergence_names_the_step_and_leaves_good_checkpoints(tmp_path, monkeypatch, where):
+    # The loss −w has the gradient −1, so that Adam without warm-up moves w by learning_rate a
+    # step: step n starts from w = 0.01 (n − 1), and w > 0.065 first holds at step 8.
+    def toy_loss(denoise, schedule, x_0, key, indices):
+        w = denoise(x_0, None).mean()
+        if where == "loss":
+            return -w + jnp.where(w > 0.065, jnp.nan, 0.0)
+        return jax.lax.cond(w > 0.065, lambda w: jnp.sqrt(0.0 * w), lambda w: -w, w)  # slope 0 · ∞
+
+    monkeypatch.setattr(training, "loss", toy_loss)
+
+    def apply_fn(params, x, t, dropout_key=None):
+        return params["w"] + 0.0 * x
+
+    config = make_config(num_steps=40, log_every=5, checkpoint_every=5, warmup_steps=0)
+    name = "loss" if where == "loss" else "grad_norm"
+    with pytest.raises(FloatingPointError, match=f"{name} is nan at step 8: training stopped"):
+        fit(
+            apply_fn,
+            {"w": jnp.float32(0)},
+            SCHEDULE,
+            make_dataset(),
+            config,
+            tmp_path,
+            progress=False,
+        )
+    assert saved_steps(tmp_path / "checkpoints") == [5]
+    w = restore_part(tmp_path / "checkpoints", "params")["w"]
+    np.testing.assert_allclose(w, 0.05, rtol=1e-4)
+
+
+# Signals and locks.
+
+
+def send_at(step, number):
+    return lambda state, line: line["step"] == step and os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [2, 8])
+def test_a_signal_saves_and_the_resumed_run_is_the_unbroken_run(tmp_path, number, at):
+    config = make_config(num_steps=14, log_every=4 if at == 8 else 2)
+    unbroken = train(tmp_path / "whole", config)
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match=f"at step {at + 1}, saved .*--resume auto") as stopped:
+        train(tmp_path / "cut", config, on_log=send_at(at, number))
+    assert stopped.value.step == at + 1  # in the middle of an interval of metrics
+    assert saved_steps(tmp_path / "cut" / "checkpoints")[-1] == at + 1
+    assert signal.getsignal(number) == before
+    assert_same(train(tmp_path / "cut", config, resume="must"), unbroken)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+
+
+def test_a_second_signal_is_the_systems_own(tmp_path):
+    seen = []
+
+    def on_log(state, line):
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    with pytest.raises(Preempted):
+        train(tmp_path, on_log=on_log)
+    assert seen == [signal.SIG_DFL]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with locked(tmp_path):
+        assert writer(tmp_path).startswith(f"process {os.getpid()} on ")
+        with pytest.raises(BlockingIOError, match=f"written by process {os.getpid()} on"):
+            train(tmp_path)
+        assert not (tmp_path / "checkpoints").exists()
+    assert writer(tmp_path) is None
+    train(tmp_path)
+
+
+# Damage.
+
+
+def garble(path):
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path):
+    unbroken = train(tmp_path / "whole")
+    train(tmp_path / "hurt", make_config(num_steps=8))
+    folder = tmp_path / "hurt" / "checkpoints"
+    garble(folder / "8" / "state")
+    with pytest.raises(DamagedError, match=r"8 .*damaged.*beside it: 4.*--fallback"):
+        train(tmp_path / "hurt", resume="auto")
+    assert saved_steps(folder) == [4, 8]
+    said = []
+    state = train(tmp_path / "hurt", resume="auto", fallback=True, say=said.append)
+    assert_same(state, unbroken)
+    assert logged(tmp_path / "hurt") == logged(tmp_path / "whole")
+    assert "going on from step 4, the newest intact checkpoint" in said[-1]
+    assert (tmp_path / "hurt" / "damaged" / "8" / "state").is_dir()
+    garble(folder / "8" / "state")
+    garble(folder / "12" / "state")
+    garble(folder / "4" / "state")
+    with pytest.raises(DamagedError, match="is intact: 12, 8, 4"):
+        train(tmp_path / "hurt", resume="auto", fallback=True, say=said.append)
+    assert saved_steps(folder) == [4, 8, 12]  # nothing was moved
+
+
+def test_a_summary_survives_damage(tmp_path):
+    train(tmp_path)
+    garble(tmp_path / "checkpoints" / "8" / "state")
+    (tmp_path / "checkpoints" / "12" / "_CHECKPOINT_METADATA").unlink()
+    said = summarise(tmp_path)
+    assert "UNREADABLE" in said["checkpoints"]["12"]
+    assert said["configuration"]["model"] == {"kind": "affine"}
+    assert said["step"] == "12 of 12"
+    said = summarise(tmp_path, verify=True)
+    assert "every digest matches" in said["checkpoints"]["4"]
+    assert "UNREADABLE" in said["checkpoints"]["8"]
+    with pytest.raises(ValueError, match="is not a run"):
+        summarise(tmp_path / "checkpoints" / "4" / "state")
+
+
+def test_a_log_that_is_not_one_is_named(tmp_path):
+    train(tmp_path, make_config(num_steps=4))
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("no metrics\n" + log.read_text())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not a line of metrics"):
+        train(tmp_path, resume="auto")
+    assert log.read_text().startswith("no metrics\n")
+
+
+# Divergence by choice, pictures, counting.
+
+
+def sometimes_nan(params, x, t, dropout_key=None):
+    """NaN where an image's first pixel is the darkest of all: some batches, not others."""
+    bad = (x[:, 0, 0, 0] < -0.9).any() & (t.max() > 8)
+    return params["w"] * x + params["b"] + jnp.where(bad, jnp.nan, 0.0)
+
+
+def test_updates_that_are_not_finite_are_skipped_by_choice_and_counted(tmp_path):
+    config = make_config(skip_nonfinite=True, log_every=1, num_steps=16)
+    arguments = (affine_params(), SCHEDULE, make_dataset())
+    seen = []
+
+    def on_log(state, line):
+        seen.append((line["step"], line["skipped"]))
+        assert int(state.step) == line["step"]
+        assert np.isfinite(float(state.params["w"]))
+
+    fit(sometimes_nan, *arguments, config, tmp_path / "a", progress=False, on_log=on_log)
+    gaps = np.diff([0, *[step for step, _ in seen]])  # a line waits for a finite loss
+    assert (gaps - 1 == [count for _, count in seen]).all()
+    assert 0 < gaps.sum() - len(seen) < 16
+    first_bad = next(step for step in range(1, 17) if step not in dict(seen))
+    with pytest.raises(FloatingPointError, match=f"at step {first_bad}.*was images .* of noise"):
+        fit(sometimes_nan, *arguments, dataclasses.replace(config, skip_nonfinite=False),
+            tmp_path / "b", progress=False)  # fmt: skip
+
+
+def test_a_run_that_would_skip_everything_stops(tmp_path):
+    def always_nan(params, x, t, dropout_key=None):
+        return params["w"] * x * jnp.nan
+
+    config = make_config(skip_nonfinite=True, num_steps=200)
+    arguments = (always_nan, {"w": jnp.float32(1)}, SCHEDULE, make_dataset(), config)
+    with pytest.raises(FloatingPointError, match="the 100 updates up to step 100 were all skipped"):
+        fit(*arguments, tmp_path, progress=False)
+
+
+def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
+    train(tmp_path, make_config(sample_every=4, learning_rate=1e-30))
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [p.name for p in pictures] == ["00000004.png", "00000008.png", "00000012.png"]
+    pixels = [np.asarray(Image.open(p)) for p in pictures]
+    assert pixels[0].shape[2] == 3
+    np.testing.assert_array_equal(pixels[0], pixels[2])  # nothing was learned: the same digits
+    assert len(np.unique(pixels[0])) > 50
+    board = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
+    assert board.count(b"samples") == 3
+    assert b"param_norm" in board
+
+
+def test_arithmetic_is_counted(tmp_path):
+    seen = []
+    train(tmp_path, make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
+    each = flops_per_image(affine, affine_params(), (4, 4, 1))
+    assert each == 32  # a multiplication and an addition a pixel
+    np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * seen[0]["images_per_second"])
+    assert "mfu" not in seen[0]  # nobody knows the peak of this CPU
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size = 12 .* split over 8 devices: make it a mul"):
+        train(tmp_path, make_config(batch_size=12))
+    with pytest.raises(ValueError, match="in accumulate = 2 parts .* a multiple of 16"):
+        train(tmp_path, make_config(accumulate=2))
+    with pytest.raises(ValueError, match="fsdp must divide the number of devices, 8, got 3"):
+        train(tmp_path, make_config(fsdp=3))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,219 @@
+"""Sharded training is the same training: on 1, 2, 4, 8 devices, with FSDP, in two processes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddim_jax import parallel
+from ddim_jax.checkpoint import Checkpoints, restore, restore_part, saved_steps
+from ddim_jax.data import batches, load
+from ddim_jax.sampling import initial_noise, make_sampler
+from ddim_jax.schedule import linear_schedule
+from ddim_jax.training import TrainConfig, init_state, make_train_step
+from ddim_jax.unet import UNetConfig, build
+
+SCHEDULE = linear_schedule(1000)
+MODEL = UNetConfig(
+    image_size=8,
+    in_channels=1,
+    channels=32,
+    multipliers=(1,),
+    num_blocks=1,
+    attention_resolutions=(),
+    num_classes=10,
+)
+TRAIN = TrainConfig(batch_size=16, warmup_steps=5, learning_rate=1e-3, flip=True)
+
+
+def make_mesh(data, fsdp=1):
+    return parallel.make_mesh(fsdp, jax.devices()[: data * fsdp])
+
+
+def make_state(mesh, config=TRAIN):
+    params = build(MODEL, jax.random.key(0))[1]
+    # Not all zeros at the output, so that every parameter has a gradient from the first step.
+    params = jax.tree.map(lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    state = init_state(params, config)
+    return jax.device_put(state, parallel.state_sharding(mesh, state))
+
+
+def run(mesh, config=TRAIN, steps=20, state=None, first=0):
+    step = make_train_step(build(MODEL, jax.random.key(0))[0], SCHEDULE, config, 10, mesh)
+    state = make_state(mesh, config) if state is None else state
+    iterator = batches(load("digits"), config.batch_size, 0, start=first)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, parallel.put_batch(mesh, next(iterator)))
+        losses.append([float(metrics[k]) for k in ("loss", "grad_norm", "param_norm")])
+    return state, np.array(losses)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(make_mesh(1))[1]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (4, 1), (8, 1), (4, 2), (1, 8)])
+def test_losses_do_not_depend_on_the_devices(alone, data, fsdp):
+    np.testing.assert_allclose(run(make_mesh(data, fsdp))[1], alone, rtol=1e-5)
+
+
+def test_accumulated_parts_are_the_whole_batch(alone):
+    model_without_dropout = {"dropout": 0.0}
+    apply_fn, _ = build(UNetConfig(**{**vars(MODEL), **model_without_dropout}), jax.random.key(0))
+
+    def losses(mesh, accumulate):
+        config = TrainConfig(**{**vars(TRAIN), "accumulate": accumulate})
+        step = make_train_step(apply_fn, SCHEDULE, config, 10, mesh)
+        state, iterator, values = make_state(mesh, config), batches(load("digits"), 16, 0), []
+        for _ in range(6):
+            state, metrics = step(state, parallel.put_batch(mesh, next(iterator)))
+            values.append(float(metrics["loss"]))
+        return values
+
+    whole = losses(make_mesh(1), 1)
+    np.testing.assert_allclose(losses(make_mesh(1), 4), whole, rtol=1e-5)
+    np.testing.assert_allclose(losses(make_mesh(2, 2), 4), whole, rtol=1e-5)
+
+
+def test_fsdp_divides_the_bytes_of_parameters_average_and_optimiser():
+    mesh = make_mesh(4, 2)
+    state = run(mesh, steps=1)[0]
+    for tree in (state.params, state.ema, state.opt_state):
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+        total = sum(leaf.nbytes for leaf in leaves)
+        for device in mesh.devices.flat:
+            held = sum(
+                shard.data.nbytes
+                for leaf in leaves
+                for shard in leaf.addressable_shards
+                if shard.device == device
+            )
+            # Leaves with no even axis stay whole: here the output's one bias.
+            assert total / 2 <= held <= total / 2 + 64
+    whole = jax.tree.leaves(run(make_mesh(8), steps=1)[0].params)
+    assert all(leaf.is_fully_replicated for leaf in whole)
+
+
+COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)[-a-z]*\("
+
+
+def collectives(compiled):
+    return {match[1] for match in re.finditer(COLLECTIVES, compiled.as_text())}
+
+
+def test_the_step_talks_as_expected_and_the_sampler_not_at_all():
+    def compiled(mesh):
+        step = make_train_step(build(MODEL, jax.random.key(0))[0], SCHEDULE, TRAIN, 10, mesh)
+        batch = parallel.put_batch(mesh, next(batches(load("digits"), 16, 0)))
+        return step.lower(make_state(mesh), batch).compile()
+
+    assert collectives(compiled(make_mesh(1))) == set()
+    assert collectives(compiled(make_mesh(8))) == {"all-reduce"}
+    with_fsdp = collectives(compiled(make_mesh(4, 2)))
+    assert {"all-reduce", "all-gather"} <= with_fsdp
+    assert "all-to-all" not in with_fsdp
+
+    mesh = make_mesh(8)
+    apply_fn, params = build(MODEL, jax.random.key(0))
+    sampler = make_sampler(apply_fn, SCHEDULE, [1, 500, 1000])
+    params = jax.device_put(params, parallel.replicated(mesh))
+    x_T = jax.device_put(
+        initial_noise(jax.random.key(0), 16, (8, 8, 1)), parallel.batch_sharding(mesh)
+    )
+    text = jax.jit(lambda p, x: sampler(p, x)).lower(params, x_T).compile()
+    assert collectives(text) == set()
+    assert sampler(params, x_T).sharding.is_equivalent_to(x_T.sharding, 4)
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_with_one_and_four(tmp_path, alone):
+    state, _ = run(make_mesh(4, 2), steps=10)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, state, {}, {})
+    for mesh in (make_mesh(1), make_mesh(4), make_mesh(1, 4)):
+        like = make_state(mesh)
+        restored = restore(tmp_path, like).state
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(like)):
+            assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+        losses = run(mesh, steps=10, state=restored, first=10)[1]
+        np.testing.assert_allclose(losses, alone[10:], rtol=1e-5)
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="fsdp must divide the number of devices, 8, got 3"):
+        parallel.make_mesh(3)
+    with pytest.raises(ValueError, match="go together, got .*'localhost:1', 2, None"):
+        parallel.initialize("localhost:1", 2)
+    with pytest.raises(ValueError, match="process_id must be in 0..1, got 2"):
+        parallel.initialize("localhost:1", 2, 2)
+    assert parallel.in_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert parallel.in_cluster({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert not parallel.in_cluster({"SLURM_NTASKS": "4"})  # in sbatch itself, outside of srun
+    assert parallel.peak_flops("TPU v5 lite") == 197e12
+    assert parallel.peak_flops("TPU v5") == 459e12
+
+
+# Two processes of two devices each, on this machine.
+
+
+def start(options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.worker", json.dumps(options)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes, seconds=240):
+    outcomes = [process.communicate(timeout=seconds)[1] for process in processes]
+    return [process.returncode for process in processes], outcomes
+
+
+def losses_of(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[line["step"], line["loss"], line["grad_norm"]] for line in lines])
+
+
+def test_two_processes_are_one_run_stopped_and_resumed(tmp_path):
+    train = {"batch_size": 16, "num_steps": 20, "log_every": 1, "checkpoint_every": 5,
+             "warmup_steps": 5, "sample_every": 0}  # fmt: skip
+    cache = os.path.abspath(".cache/jax")
+    plain = {"cache": cache, "train": train, "directory": str(tmp_path / "one")}
+    assert finish([start(plain)])[0] == [0]
+
+    def pair(fsdp):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        options = {**plain, "directory": str(tmp_path / "two"), "devices": 2}
+        options["train"] = {**train, "fsdp": fsdp}
+        return [start({**options, "processes": [address, 2, p]}) for p in (0, 1)]
+
+    first = pair(fsdp=2)
+    while not saved_steps(tmp_path / "two" / "checkpoints"):
+        assert all(process.poll() is None for process in first), finish(first)
+        time.sleep(0.01)
+    first[1].send_signal(signal.SIGTERM)  # one is told, and both stop at the same step
+    codes, errors = finish(first)
+    stopped = saved_steps(tmp_path / "two" / "checkpoints")[-1]
+    if stopped < 20:  # else they were done before the signal came
+        assert all("Preempted: stopped by a signal at step" in e for e in errors), errors
+    codes, errors = finish(pair(fsdp=1))
+    assert codes == [0, 0], errors
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    ema = [restore_part(tmp_path / name / "checkpoints", "ema", 20) for name in ("one", "two")]
+    for a, b in zip(*map(jax.tree.leaves, ema)):
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a) + 1e-4
