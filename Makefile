@@ -1,16 +1,28 @@
 # make demo   train on the bundled digits and draw: demo/index.html
 # make test   every test that takes seconds, and the linters
+# make paper  every table and figure of the paper, small: results/report.html (15 to 20 minutes)
 # Each sets up what it needs in .venv, from PyPI.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo
+RESULTS ?= results
+MODEL  ?= digits
+PAPER  := table1 table2 fig3 fig4 fig5 fig6 solvers
 
-.PHONY: demo test test-all lint format constraints clean
+.PHONY: demo paper test test-all lint format constraints clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
 	$(BIN)/ddim-jax demo --out $(DEMO)
+
+# Killed and called again, it goes on; finished experiments only write their results anew.
+paper: $(VENV)/.train
+	set -e; for name in $(PAPER); do \
+	  $(BIN)/python -m experiments.$$name --model $(MODEL) --out $(RESULTS)/$$name; done
+	$(BIN)/python -m experiments.discrete --out $(RESULTS)/discrete
+	$(BIN)/python -m experiments.table3 --out $(RESULTS)/table3
+	$(BIN)/python -m experiments.report $(RESULTS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -6,6 +6,7 @@ carries a digest of its arrays, made on the devices: one bit changed on disk is 
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -21,7 +22,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-FORMAT = 1
+from ddim_jax._files import differences
+
+FORMAT = 2
 STATE = "state"
 
 PyTree = Any
@@ -130,6 +133,7 @@ class Checkpoints:
             "digests": _digests(_parts(state)),
         }
         facts = json.loads(json.dumps(facts))  # a copy, as it is written later
+        facts["sha256"] = _sha256(facts)
         with self._writable():
             self._orbax.save_checkpointables_async(
                 step, {STATE: state}, force=True, custom_metadata=facts
@@ -158,7 +162,7 @@ def saved_steps(directory: Path) -> list[int]:
         found = list(path.iterdir()) if path.exists() else []
     except OSError as error:
         raise CheckpointError(f"cannot read the directory {path}: {error}") from error
-    return sorted(int(p.name) for p in found if p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in found if p.name.isdecimal())
 
 
 def set_aside(directory: Path, step: int) -> pathlib.Path:
@@ -174,8 +178,9 @@ def set_aside(directory: Path, step: int) -> pathlib.Path:
     directory = pathlib.Path(directory).resolve()
     shelf = directory.parent / "damaged"
     shelf.mkdir(exist_ok=True)
-    taken = sum(p.name.split("-")[0] == str(step) for p in shelf.iterdir())
-    return (directory / str(step)).rename(shelf / (f"{step}-{taken}" if taken else str(step)))
+    names = [str(step), *(f"{step}-{i}" for i in range(1, 1 + len(list(shelf.iterdir()))))]
+    free = next(name for name in names if not (shelf / name).exists())
+    return (directory / str(step)).rename(shelf / free)
 
 
 def restore(directory: Path, like: PyTree, step: int | None = None) -> Restored:
@@ -195,10 +200,20 @@ def restore(directory: Path, like: PyTree, step: int | None = None) -> Restored:
       CheckpointError: no such checkpoint, a foreign one, or leaves that differ from `like`; the
         message names them.
     """
-    path, facts, saved = _open(directory, step)
-    _check_same(path, _leaves(saved), _leaves(like))
-    with _readable(path):
-        state = ocp.load_checkpointables(path, {STATE: jax.tree.map(_abstract, like)})[STATE]
+    error: CheckpointError | None = None
+    try:
+        path, facts, saved = _open(directory, step)
+        _check_same(path, _leaves(saved), _leaves(like))
+        with _readable(path), _alone():
+            state = ocp.load_checkpointables(path, {STATE: jax.tree.map(_abstract, like)})[STATE]
+    except CheckpointError as failed:
+        error = failed
+    if jax.process_count() > 1:  # one that fails alone would leave the others waiting
+        fine = multihost_utils.process_allgather(np.array(error is None))
+        if error is None and not fine.all():
+            error = DamagedError(f"{path} could not be read by process {fine.argmin()}")
+    if error is not None:
+        raise error
     _verify(path, facts, _parts(state))
     return Restored(int(path.name), state, facts["data_state"], facts["config"])
 
@@ -251,16 +266,24 @@ def _open(directory: Path, step: int | None) -> tuple[pathlib.Path, dict[str, An
     path = directory / str(steps[-1] if step is None else step)
     if int(path.name) not in steps:
         raise CheckpointError(f"{directory} has no step {step}; it has {_list(steps)}")
+    if not path.is_dir():
+        raise DamagedError(f"{path} is damaged: it is not a folder{_others(path)}")
     with _readable(path):
         metadata = ocp.checkpointables_metadata(path)
     facts, items = metadata.custom_metadata or {}, metadata.metadata or {}
-    if "format" not in facts or not jax.tree.leaves(items.get(STATE)):
+    if not isinstance(facts.get("format"), int):
         raise DamagedError(f"{path} is damaged, or was not written by ddim_jax{_others(path)}")
-    if facts["format"] > FORMAT:
+    if facts["format"] != FORMAT:
+        what = "update ddim_jax" if facts["format"] > FORMAT else "an older ddim_jax reads it"
         raise CheckpointError(
-            f"{path} has format {facts['format']}, this version reads up to {FORMAT}: "
-            "update ddim_jax"
+            f"{path} has format {facts['format']}, this version reads {FORMAT}: {what}"
         )
+    if facts.get("sha256") != _sha256(facts):
+        raise DamagedError(
+            f"{path} is damaged: its configuration is not that which was saved{_others(path)}"
+        )
+    if not jax.tree.leaves(items.get(STATE)):
+        raise DamagedError(f"{path} is damaged: it has no arrays{_others(path)}")
     return path, facts, items[STATE]
 
 
@@ -272,11 +295,29 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise CheckpointError(f"{path} cannot be read here: {_reason(error)}") from error
         raise DamagedError(
             f"{path} cannot be read and may be damaged{_others(path)} ({_reason(error)})"
         ) from error
     finally:
         log.setLevel(level)
+
+
+def _alone() -> contextlib.AbstractContextManager[Any]:
+    """Reading without Orbax's barriers between processes."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    return ocp.Context(multiprocessing_options=options)
+
+
+def _sha256(facts: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in facts.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:
@@ -367,12 +408,7 @@ def _leaves(tree: PyTree) -> dict[str, str]:
 
 
 def _check_same(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    differ = [
-        f"  {name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    if differ:
+    if differ := differences(saved, wanted):
         more = [f"  and {len(differ) - 8} more"] if len(differ) > 8 else []
         raise CheckpointError(
             "\n".join([f"{path} does not fit this model or optimiser:", *differ[:8], *more])

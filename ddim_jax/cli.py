@@ -216,7 +216,9 @@ def main() -> None:
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax"))
-    if {"train", "demo", "data"} & set(sys.argv[1:2]) or {"-h", "--help"} & set(sys.argv[1:2]):
+    if {"train", "demo", "data", "evaluate"} & set(sys.argv[1:2]) or {"-h", "--help"} & set(
+        sys.argv[1:2]
+    ):
         try:
             from ddim_jax.cli_train import add_commands
         except ModuleNotFoundError as error:
@@ -230,7 +232,11 @@ def main() -> None:
     except ERRORS as error:
         if os.environ.get("DDIM_JAX_TRACEBACK"):
             raise
-        sys.exit(f"ddim-jax: error: {error}\n(DDIM_JAX_TRACEBACK=1 shows where)")
+        message = f"ddim-jax: error: {error}\n(DDIM_JAX_TRACEBACK=1 shows where)"
+        if jax.process_count() > 1:  # at once: the others wait for this one, and are told so
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.exit(message)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that need the training extras: train, demo, data."""
+"""The commands that need the training extras: train, demo, data, evaluate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from ddim_jax import data, parallel, plots
+from ddim_jax import data as data_module
+from ddim_jax import parallel, plots
+from ddim_jax._files import write_whole
 from ddim_jax.cli import describe
 from ddim_jax.loop import fit
 from ddim_jax.presets import PRESETS, Preset
@@ -62,6 +64,7 @@ def add_commands(app: Any) -> None:
     app.command(train)
     app.command(name="demo")(_demo)
     app.command(name="data")(_data)
+    app.command(name="evaluate")(_evaluate)
 
 
 def _train(
@@ -113,7 +116,7 @@ def _train(
     )
     if jax.process_index() == 0:
         curve = plots.png_bytes(plots.loss_curve(read_metrics(out / "metrics.jsonl")))
-        (out / "loss.png").write_bytes(curve)
+        write_whole(out / "loss.png", curve)
     if dataset.skipped:
         say(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
     say(f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {out}")
@@ -152,8 +155,45 @@ def _data(
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
     """
     if action == "list":
-        print("\n".join(data.available(data_dir)))
+        print("\n".join(data_module.available(data_dir)))
     elif not name:
         raise ValueError("say which data set to prepare: ddim-jax data prepare cifar10")
     else:
-        print(f"prepared: {data.prepare(name, data_dir)}")
+        print(f"prepared: {data_module.prepare(name, data_dir)}")
+
+
+def _evaluate(
+    images: tyro.conf.Positional[pathlib.Path],
+    data: str,
+    split: str = "train",
+    data_dir: pathlib.Path | None = None,
+    extractor: str = "pixels",
+    reference: pathlib.Path | None = None,
+    blocks: int = 20,
+) -> None:
+    """Compare generated images with a data set: Fréchet distance, KID, precision and recall.
+
+    Args:
+      images: a folder of `ddim-jax generate`.
+      data: the data set: "digits", or a prepared TFDS data set.
+      split: its split.
+      data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
+      extractor: "pixels", "resnet56:FILE" or "inception:FILE"; only the FID weights give a "FID".
+      reference: file of the data set's statistics, made if missing; by default beside `images`.
+      blocks: of the jackknife behind the standard error; 0 for none, which is faster.
+    """
+    from ddim_jax.evaluation import evaluate, extractors, reference_statistics
+    from ddim_jax.generate import iter_shards
+
+    kind, _, path = extractor.partition(":")
+    known = {"pixels": lambda _: extractors.pixels(), "resnet56": extractors.resnet56,
+             "inception": extractors.inception}  # fmt: skip
+    if kind not in known or (kind != "pixels") != bool(path):
+        raise ValueError(
+            f"extractor must be pixels, resnet56:FILE or inception:FILE, got {extractor}"
+        )
+    features = known[kind](path)
+    shards = iter_shards(images)
+    dataset = data_module.load(data, split, data_dir)
+    file = reference or images.with_name(f"{data.replace('/', '_')}-{split}-{kind}.npz")
+    print(evaluate(shards, reference_statistics(file, dataset, features), features, blocks=blocks))

@@ -59,7 +59,9 @@ def run(
         raise FileExistsError(f"{out} is not empty and holds no demo; choose another --out")
     began = time.perf_counter()
     preset = digits()
-    train = dataclasses.replace(preset.train, num_steps=num_steps or preset.train.num_steps)
+    train = dataclasses.replace(
+        preset.train, num_steps=preset.train.num_steps if num_steps is None else num_steps
+    )
     dataset = load(preset.data.name)
     apply_fn, params = build(preset.model, jax.random.key(train.seed))
     say(

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import reprlib
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ddim_jax
+from ddim_jax._files import differences, flat, write_whole
 from ddim_jax._types import Array
 from ddim_jax.clipping import clip_x0
 from ddim_jax.images import to_uint8
@@ -155,7 +155,7 @@ def generate(
             held = np.concatenate([held, images])
             while missing and len(held) >= len(missing[0][1]):
                 name, which = missing.pop(0)
-                _write(directory / name, _npy(held[: len(which)]))
+                write_whole(directory / name, _npy(held[: len(which)]))
                 held = held[len(which) :]
             bar.update(len(images))
     return directory
@@ -295,17 +295,18 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=2, allow_nan=False) + "\n"
     path = directory / SETTINGS
     directory.mkdir(parents=True, exist_ok=True)
+    # Listed before looking for settings, which another process may be writing just now.
+    names = {p.name for p in directory.iterdir() if p.suffix != ".tmp"}
     allowed = {SETTINGS, *_shards(settings)} if path.exists() else set()
     if path.exists():
         _check_same(directory, _read_settings(directory), json.loads(text))
-    names = {p.name for p in directory.iterdir() if p.suffix != ".tmp"}
     if foreign := sorted(names - allowed):
         raise ValueError(
             f"{directory} holds files that are not of these images: {reprlib.repr(foreign)}; "
             "choose an empty folder"
         )
     if not path.exists():
-        _write(path, text.encode())
+        write_whole(path, text.encode())
 
 
 def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
@@ -328,19 +329,7 @@ def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_same(directory: pathlib.Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    def flat(settings: dict[str, Any]) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_leaves_with_path(
-            settings, is_leaf=lambda v: not isinstance(v, dict)
-        )
-        return {jax.tree_util.keystr(path, simple=True, separator="."): v for path, v in leaves}
-
-    a, b = flat(there), flat(now)
-    differ = [
-        f"  {name}: there {reprlib.repr(a.get(name))}, now {reprlib.repr(b.get(name))}"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-    ]
-    if differ:
+    if differ := differences(flat(there), flat(now)):
         raise ValueError(
             "\n".join([f"{directory} holds images of other settings; choose another:", *differ])
         )
@@ -371,17 +360,3 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """A file that appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 import pathlib
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+
+from ddim_jax._files import write_whole
 
 
 def to_model(images: jax.Array | np.ndarray) -> jax.Array:
@@ -187,4 +190,6 @@ def save_png(
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)
-    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
+    write_whole(path, buffer.getvalue())

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ddim_jax import parallel
+from ddim_jax._files import differences, flat
 from ddim_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -62,6 +63,7 @@ FREE_ON_RESUME = (
     "fsdp",
     "num_threads",
     "num_workers",
+    "skip_nonfinite",
 )
 
 
@@ -143,7 +145,9 @@ def fit(
             f"split over {mesh.size} devices: make it a multiple of "
             f"{mesh.size * config.accumulate}"
         )
-    if resume == "never" and (saved_steps(folder) or (directory / LOG).exists()):
+    log_path = directory / LOG
+    logged_before = log_path.exists() and log_path.stat().st_size
+    if resume == "never" and (saved_steps(folder) or logged_before):
         raise FileExistsError(
             f"{directory} already holds a run; resume it, or choose another folder"
         )
@@ -158,13 +162,16 @@ def fit(
     like = jax.eval_shape(lambda p: init_state(p, config), params)
     sharding = parallel.state_sharding(mesh, like)
     with locked(directory), StopSignals() as signals:
-        step, waiting = 0, {}
+        step, waiting, in_a_row = 0, {}, 0  # metrics not yet logged, updates skipped
         if saved_steps(folder):
             like = jax.tree.map(_placed, like, sharding)
-            restored = _restore(folder, like, fallback, say)
-            check_same_run(restored.config, config_dict)
+            restored = _restore(folder, like, fallback, say, config_dict)
             state, step = restored.state, restored.step
-            waiting = restored.data_state["waiting"]
+            waiting, in_a_row = (restored.data_state[k] for k in ("waiting", "skipped_in_a_row"))
+            if step > config.num_steps:
+                raise ValueError(
+                    f"{directory} is at step {step}, past num_steps = {config.num_steps}"
+                )
         else:
             state = jax.jit(lambda p: init_state(p, config), out_shardings=sharding)(params)
         start = step
@@ -179,14 +186,15 @@ def fit(
             num_workers=config.num_workers,
         )
         train_step: Any = make_train_step(apply_fn, schedule, config, num_classes, mesh)
-        flops = 3 * flops_per_image(apply_fn, like.params, dataset.image_shape, num_classes)
+        shape = (config.batch_size, *dataset.image_shape)
+        flops = 3 * flops_per_image(apply_fn, like.params, shape, num_classes)
         peak = parallel.peak_flops(jax.devices()[0].device_kind)
         preview = _make_preview(
             apply_fn, schedule, dataset.image_shape, num_classes, mesh, config.seed, say
         )
         pending: list[Metrics] = []  # on the devices
         began = logged = time.perf_counter()
-        since = start  # the step of the last line of this process
+        since, stop = start, False  # the step of the last line of this process
         shown = progress and jax.process_index() == 0
         with (
             Checkpoints(folder, config.keep) as checkpoints,
@@ -209,14 +217,16 @@ def fit(
                 to_save = step % config.checkpoint_every == 0 or last or stop
                 to_log = step % config.log_every == 0 or last
                 if to_save or to_log:
-                    _collect(waiting, pending, step, dataset, config)
+                    in_a_row = _collect(waiting, pending, step, in_a_row, dataset, config)
                     pending = []
                 if to_log and waiting["loss"]:
                     line = {"step": step, **_means(waiting, config)}
                     now = time.perf_counter()
                     speed = (step - since) * config.batch_size / (now - logged)
-                    line |= {"images_per_second": speed, "flops_per_second": speed * flops}
-                    if peak:
+                    line["images_per_second"] = speed
+                    if flops > 0:
+                        line["flops_per_second"] = speed * flops
+                    if flops > 0 and peak:
                         line["mfu"] = speed * flops / (peak * mesh.size)
                     line["seconds"] = now - began
                     log.line(line)
@@ -224,64 +234,69 @@ def fit(
                     if on_log:
                         on_log(state, line)
                     waiting, logged, since = {}, now, step
-                if to_save:
-                    position = {"batch": step, "waiting": waiting}
-                    checkpoints.save(step, state, position, config_dict)
-                if config.sample_every and (step % config.sample_every == 0 or last):
+                drawn = config.sample_every and (step % config.sample_every == 0 or last)
+                if drawn and not stop:
                     preview(state.ema, step, log)
+                if to_save:
+                    position = {"batch": step, "waiting": waiting, "skipped_in_a_row": in_a_row}
+                    checkpoints.save(step, state, position, config_dict)
                 if stop:
                     break
+        if waiting.get("skipped") and not stop:
+            say(f"the last {len(waiting['skipped'])} updates were skipped, and are in no line")
         if step < config.num_steps:
             raise Preempted(step, directory)
     return state
 
 
 def flops_per_image(
-    apply_fn: ApplyFn, params: Params, image_shape: tuple[int, ...], num_classes: int | None = None
+    apply_fn: ApplyFn, params: Params, shape: tuple[int, ...], num_classes: int | None = None
 ) -> float:
     """Floating-point operations of one forward pass on one image, counted by XLA.
+
+    XLA counts the body of a loop once, however often it runs.
 
     Args:
       apply_fn: the network.
       params: its parameters, or their shapes.
-      image_shape: (H, W, C).
+      shape: (B, H, W, C) of a batch.
       num_classes: see `make_train_step`.
 
     Returns:
-      FLOP; a backward pass takes about twice as many.
+      FLOP, 0 if they cannot be counted; a backward pass takes about twice as many.
 
     Example:
       >>> weight = jnp.zeros((64, 64))
       >>> network = lambda w, x, t, dropout_key=None: (x.reshape(1, 64) @ w).reshape(x.shape)
-      >>> flops_per_image(network, weight, (8, 8, 1))
+      >>> flops_per_image(network, weight, (1, 8, 8, 1))
       8192.0
     """
-    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    t = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     labels = {} if num_classes is None else {"labels": t}
     plain = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     counted = jax.jit(apply_fn).lower(plain, x, t, **labels).cost_analysis() or {}
-    return float(counted.get("flops", math.nan))
+    return max(float(counted.get("flops", 0)), 0.0) / shape[0]
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ValueError, showing each difference, where two configurations make two runs."""
+    """Raises ValueError, showing each difference, where two configurations make two runs.
 
-    def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-        paths = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda v: v is None)[0]
-        named = {jax.tree_util.keystr(p, simple=True, separator="."): v for p, v in paths}
-        free = {f"train.{name}" for name in FREE_ON_RESUME}
-        if named.get("train.cosine_decay"):
-            free.remove("train.num_steps")
-        return {name: value for name, value in named.items() if name not in free}
-
-    a, b = flat(saved), flat(wanted)
-    differ = [
-        f"  {name}: saved {a.get(name, 'nothing')!r}, now {b.get(name, 'nothing')!r}"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-    ]
-    if differ:
+    Example:
+      >>> check_same_run({"train": {"seed": 0, "keep": 3}}, {"train": {"seed": 0, "keep": 5}})
+      >>> check_same_run({"train": {"seed": 0}}, {"train": {"seed": 1}})
+      Traceback (most recent call last):
+      ValueError: a resumed run must keep its configuration, but these differ:
+        train.seed: saved 0, now 1
+    """
+    free = {f"train.{name}" for name in FREE_ON_RESUME}
+    if wanted["train"].get("cosine_decay"):
+        free.remove("train.num_steps")
+    a, b = (
+        {name: value for name, value in flat(config).items() if name not in free}
+        for config in (saved, wanted)
+    )
+    if differ := differences(a, b):
         raise ValueError(
             "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
         )
@@ -292,7 +307,11 @@ def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _restore(
-    folder: pathlib.Path, like: TrainState, fallback: bool, say: Callable[[str], None]
+    folder: pathlib.Path,
+    like: TrainState,
+    fallback: bool,
+    say: Callable[[str], None],
+    config: Mapping[str, Any],
 ) -> Restored:
     """The latest checkpoint; with `fallback` the newest intact one, damaged ones moved aside."""
     damaged: list[int] = []
@@ -308,6 +327,7 @@ def _restore(
             say(f"warning: {error}")
             damaged.append(step)
             continue
+        check_same_run(restored.config, config)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints were read")
         for bad in damaged if jax.process_index() == 0 else ():
@@ -322,10 +342,14 @@ def _collect(
     waiting: dict[str, list[float]],
     pending: list[Metrics],
     step: int,
+    in_a_row: int,
     dataset: Dataset,
     config: TrainConfig,
-) -> None:
-    """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one."""
+) -> int:
+    """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one.
+
+    Takes and returns the number of updates skipped in a row.
+    """
     fetched = jax.device_get(pending)  # waits for the devices
     for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
         values = {name: float(value) for name, value in metrics.items()}
@@ -340,11 +364,13 @@ def _collect(
         waiting.setdefault("skipped", []).append(float(bool(bad)))
         for name, value in values.items():
             waiting.setdefault(name, []).extend([] if bad else [value])
-        if not waiting["loss"] and len(waiting["skipped"]) >= MAX_SKIPPED:
+        in_a_row = in_a_row + 1 if bad else 0
+        if in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"the {MAX_SKIPPED} updates up to step {at} were all skipped, as none had a finite "
                 "loss and gradient: training stopped"
             )
+    return in_a_row
 
 
 def _means(waiting: Mapping[str, list[float]], config: TrainConfig) -> dict[str, float]:
@@ -379,7 +405,9 @@ def _make_preview(
 
     def preview(ema: Params, step: int, log: MetricsLog) -> None:
         whole = gather(ema)
-        if jax.process_index() == 0 and image_shape[2] in (1, 3):
+        if image_shape[2] not in (1, 3):
+            say(f"no picture of step {step}: images have {image_shape[2]} channels")
+        elif jax.process_index() == 0:
             own = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
             x_T = initial_noise(jax.random.key(seed), PREVIEW_IMAGES, image_shape)
             images = np.asarray(sampler(own, x_T))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,15 +67,15 @@ def in_cluster(environ: Mapping[str, str] = os.environ) -> bool:
       True in a Slurm step or an Open MPI job of more than one process, and on a Cloud TPU.
 
     Example:
-      >>> in_cluster({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"})
-      True
-      >>> in_cluster({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
-      False
+      >>> in_cluster({"OMPI_COMM_WORLD_SIZE": "8"}), in_cluster({"SLURM_NTASKS": "8"})
+      (True, False)
     """
     slurm = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
     mpi = int(environ.get("OMPI_COMM_WORLD_SIZE") or 1)
-    tpu = importlib.util.find_spec("libtpu") and glob.glob("/dev/accel*")
-    return (slurm > 1 and "SLURM_PROCID" in environ) or mpi > 1 or bool(tpu)
+    devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    tpu = importlib.util.find_spec("libtpu") and devices
+    in_step = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environ.keys()  # of srun
+    return (slurm > 1 and in_step) or mpi > 1 or bool(tpu)
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -182,4 +183,5 @@ def peak_flops(device_kind: str) -> float | None:
       >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
       (989000000000000.0, None)
     """
-    return next((v for name, v in PEAK_FLOPS.items() if name in device_kind), None)
+    named = (v for name, v in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_kind))
+    return next(named, None)

@@ -98,14 +98,15 @@ def mnist() -> Preset:
             dropout=0.0,
         ),
         TrainConfig(
-            batch_size=64,
-            num_steps=3000,
+            batch_size=32,
+            num_steps=1200,
             learning_rate=1e-3,
-            warmup_steps=200,
+            warmup_steps=100,
             cosine_decay=True,
             ema_decay=0.999,
-            log_every=50,
-            checkpoint_every=500,
+            log_every=20,
+            checkpoint_every=200,
+            sample_every=200,
         ),
     )
 

@@ -17,6 +17,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ddim_jax._files import write_whole
+from ddim_jax.images import save_png
+
 LOCK = "lock"
 LOG = "metrics.jsonl"
 
@@ -30,8 +33,8 @@ class Preempted(Exception):
 
     def __init__(self, step: int, directory: pathlib.Path):
         super().__init__(
-            f"stopped by a signal at step {step}, saved in {directory}: the same command with "
-            "--resume auto (resume='auto') goes on from there"
+            f"stopped by a signal at step {step}, saved in {directory}: start it again to go on "
+            "from there (train: with --resume auto)"
         )
         self.step = step
 
@@ -98,10 +101,15 @@ def writer(directory: pathlib.Path) -> str | None:
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a question that the loop asks; the second one kills at once.
+    """Turns SIGTERM and SIGINT into a question that the loop asks; a second signal kills at once.
 
     With several processes JAX's preemption service listens for SIGTERM and finds a step at which
-    all of them can stop; SIGINT is passed on to it.
+    all of them can stop (a second SIGTERM changes nothing); SIGINT is passed on to it.
+
+    Example:
+      >>> with StopSignals() as signals:
+      ...     signals.requested(step=1)
+      False
     """
 
     def __init__(self) -> None:
@@ -116,11 +124,12 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
-        signal.signal(number, signal.SIG_DFL)
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
         if _many():
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -149,9 +158,7 @@ class MetricsLog:
         path = directory / LOG
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= start]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a")
         from tensorboardX import SummaryWriter
 
@@ -162,29 +169,53 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         if not self._silent:
-            self._file.close()
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+            if self._alive():
+                self._board.close()
 
     def line(self, line: Mapping[str, float]) -> None:
-        """One line: "step" and scalars."""
+        """One line: "step" and scalars.
+
+        Raises:
+          OSError: it cannot be written; the message says where.
+        """
         if self._silent:
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if name not in ("step", "seconds"):
-                self._board.add_scalar(name, value, line["step"])
+        with self._writable():
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            for name, value in line.items():
+                if name not in ("step", "seconds"):
+                    self._board.add_scalar(name, value, line["step"])
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
-        """uint8 (H, W, 3) as samples/STEP.png."""
-        from ddim_jax.images import save_png
+        """uint8 (H, W, 3) as samples/STEP.png.
 
+        Raises:
+          OSError: it cannot be written.
+        """
         if self._silent:
             return
-        folder = self.directory / "samples"
-        folder.mkdir(exist_ok=True)
-        save_png(folder / f"{step:08d}.png", pixels, overwrite=True)
-        self._board.add_image("samples", pixels, step, dataformats="HWC")
+        with self._writable():
+            path = self.directory / "samples" / f"{step:08d}.png"
+            save_png(path, pixels, overwrite=True)
+            self._board.add_image("samples", pixels, step, dataformats="HWC")
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            if not self._alive():
+                raise OSError("TensorBoard's file cannot grow")
+            yield
+        except OSError as error:
+            raise OSError(
+                f"could not write metrics or pictures in {self.directory} (is the disk full?): "
+                f"{error}"
+            ) from error
+
+    def _alive(self) -> bool:  # tensorboardX hides errors in its thread, and then waits for ever
+        return bool(self._board.file_writer.event_writer._worker.is_alive())
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -200,15 +231,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       ValueError: a line is not a line of metrics; the message gives its number.
     """
     lines = []
-    for number, text in enumerate(pathlib.Path(path).read_text().splitlines(keepends=True), 1):
+    content = pathlib.Path(path).read_text(errors="replace")
+    for number, text in enumerate(content.splitlines(keepends=True), 1):
         if text.endswith("\n"):
             try:
-                lines.append(json.loads(text))
-                lines[-1]["step"]
-            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                line = json.loads(text)
+                lines.append({**line, "step": int(line["step"]), "loss": float(line["loss"])})
+            except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"{path}, line {number} is not a line of metrics: mend it, or move the file "
-                    f"elsewhere ({error})"
+                    f"elsewhere ({error!r})"
                 ) from error
     return lines
 

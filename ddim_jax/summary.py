@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def summarise(run: str | os.PathLike[str], verify: bool = False) -> dict[str, An
     folder = run / "checkpoints"
     steps = saved_steps(folder)
     if not steps and not (run / LOG).exists():
-        raise ValueError(f"{run} is not a run: it has neither checkpoints/ nor {LOG}")
+        raise ValueError(f"{run} is not a run: it has no checkpoint and no {LOG}")
     configuration: dict[str, Any] = {}
     checkpoints = {}
     for step in steps:
@@ -85,4 +86,8 @@ def loss_line(values: Sequence[float], width: int = 60) -> str:
 
 
 def _bytes(folder: pathlib.Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on removes old checkpoints
+            total += path.stat().st_size if path.is_file() else 0
+    return total

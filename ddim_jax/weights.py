@@ -6,13 +6,14 @@ The format runs no code when read. Tensors are named by their path, "down_0/conv
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from ddim_jax._files import write_whole
 
 HEADER_KEY = "ddim_jax"
 FORMAT = 1
@@ -41,8 +42,7 @@ def save_weights(
       TypeError: a leaf that is not an array, metadata that is not JSON-able.
 
     Example:
-      >>> import tempfile
-      >>> path = tempfile.mkdtemp() + "/tiny.safetensors"
+      >>>       >>> path = tempfile.mkdtemp() + "/tiny.safetensors"
       >>> save_weights(path, {"dense": {"bias": np.ones(2, np.float32)}}, {"channels": 2})
       >>> load_weights(path)
       ({'dense': {'bias': array([1., 1.], dtype=float32)}}, {'channels': 2})
@@ -97,16 +97,7 @@ def write_safetensors(
     path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes named arrays and a header of strings; replaces the file, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.numpy.save(dict(arrays), dict(metadata)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+    write_whole(path, safetensors.numpy.save(dict(arrays), dict(metadata)))
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -141,16 +141,16 @@ def test_another_shape_dtype_or_structure_names_the_leaf(tmp_path):
     write(tmp_path)
     with pytest.raises(CheckpointError, match="does not fit this model") as error:
         restore(tmp_path, make_state(width=8))
-    expected = "params/conv/kernel: saved float32[3,3,1,4], wanted float32[3,3,1,8]"
+    expected = "params/conv/kernel: saved 'float32[3,3,1,4]', now 'float32[3,3,1,8]'"
     assert expected in str(error.value)
     state = make_state()
     params = {**state.params, "scale": jnp.zeros((), jnp.bfloat16), "new": jnp.zeros(2)}
     del params["half"]
     with pytest.raises(CheckpointError) as error:
         restore(tmp_path, state._replace(params=params))
-    assert "params/scale: saved float32[], wanted bfloat16[]" in str(error.value)
-    assert "params/new: saved nothing, wanted float32[2]" in str(error.value)
-    assert "params/half: saved bfloat16[3], wanted nothing" in str(error.value)
+    assert "params/scale: saved 'float32[]', now 'bfloat16[]'" in str(error.value)
+    assert "params/new: saved nothing, now 'float32[2]'" in str(error.value)
+    assert "params/half: saved 'bfloat16[3]', now nothing" in str(error.value)
 
 
 def test_no_checkpoint(tmp_path):
@@ -191,6 +191,12 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def edit_facts(path, edit):
+    facts = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    edit(facts["custom_metadata"])
+    (path / "_CHECKPOINT_METADATA").write_text(json.dumps(facts))
+
+
 def replace(path, other):
     shutil.rmtree(path)
     shutil.copytree(other, path)
@@ -211,6 +217,10 @@ DAMAGE = {
     "one bit": lambda p: flip_a_bit(largest_file(p / "state")),
     "zeros": lambda p: largest_file(p / "state").write_bytes(bytes(300_000)),
     "another step's arrays": lambda p: replace(p / "state", p.parent / "4" / "state"),
+    "a file for a checkpoint": lambda p: [shutil.rmtree(p), p.touch()],
+    "one digit of the facts": lambda p: edit_facts(p, lambda f: f["data_state"].update(x=6)),
+    "no digests": lambda p: edit_facts(p, lambda f: f.update(digests=None)),
+    "no configuration": lambda p: edit_facts(p, lambda f: f.pop("config")),
     "a file for a folder": lambda p: [shutil.rmtree(p / "state"), (p / "state").touch()],
 }
 
@@ -237,8 +247,9 @@ def test_a_foreign_or_newer_checkpoint(tmp_path):
         restore_config(tmp_path)
     facts["custom_metadata"]["format"] = checkpoint.FORMAT + 1
     path.write_text(json.dumps(facts))
-    with pytest.raises(CheckpointError, match="format 2, this version reads up to 1: update"):
+    with pytest.raises(CheckpointError, match="format 3, this version reads 2: update") as error:
         restore_config(tmp_path)
+    assert not isinstance(error.value, checkpoint.DamagedError)  # no fallback passes over it
 
 
 def test_every_changed_bit_changes_the_digest():

@@ -192,8 +192,13 @@ def test_generate_many_images(command, tmp_path):
     names = {p.name for p in (tmp_path / "many").iterdir()}
     assert names == {"settings.json", *(f"images-0000{i}-of-00003.npy" for i in range(3))}
     command(line)  # finished: nothing to do
-    with pytest.raises(SystemExit, match="eta: there 0.0, now 0.5"):
+    with pytest.raises(SystemExit, match="eta: saved 0.0, now 0.5"):
         command(line + " --eta 0.5")
+    said = command("evaluate many --data digits --blocks 0")
+    assert re.match(r"FD-pixels [0-9.]+, KD-pixels .*, precision-pixels .*\(12 samples\)", said)
+    assert (tmp_path / "digits-train-pixels.npz").exists()
+    with pytest.raises(SystemExit, match="pixels, resnet56:FILE or inception:FILE, got fid"):
+        command("evaluate many --data digits --extractor fid")
 
 
 def test_data_commands(command):

@@ -10,13 +10,14 @@ import ddim_jax
 ROOT = pathlib.Path(ddim_jax.__file__).parent
 
 FLOORS = [
-    {"_types"},
+    {"_types", "_files"},
     {
         "schedule",
         "timesteps",
         "process",
         "_categorical",
         "categorical",
+        "_conv",
         "_unet_config",
         "unet",
         "images",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax import training
+from ddim_jax import loop, training
 from ddim_jax.checkpoint import (
     CheckpointError,
     DamagedError,
@@ -252,11 +252,11 @@ def test_a_second_signal_is_the_systems_own(tmp_path):
     def on_log(state, line):
         if line["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-            seen.append(signal.getsignal(signal.SIGTERM))
+            seen.append([signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)])
 
     with pytest.raises(Preempted):
         train(tmp_path, on_log=on_log)
-    assert seen == [signal.SIG_DFL]
+    assert seen == [[signal.SIG_DFL, signal.SIG_DFL]]
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -316,13 +316,54 @@ def test_a_summary_survives_damage(tmp_path):
         summarise(tmp_path / "checkpoints" / "4" / "state")
 
 
+def test_a_fallback_of_another_run_moves_nothing(tmp_path):
+    train(tmp_path, make_config(num_steps=8))
+    garble(tmp_path / "checkpoints" / "8" / "state")
+    with pytest.raises(ValueError, match=r"train\.learning_rate: saved 0\.01, now 0\.5"):
+        train(tmp_path, make_config(learning_rate=0.5), resume="auto", fallback=True)
+    assert saved_steps(tmp_path / "checkpoints") == [4, 8]
+
+
+def test_a_failed_start_does_not_bar_the_next(tmp_path):
+    def broken(indices):
+        raise ValueError("record 7 is corrupt")
+
+    with pytest.raises(ValueError, match="record 7 is corrupt"):
+        train(tmp_path, dataset=dataclasses.replace(make_dataset(), read=broken))
+    train(tmp_path)
+
+
+def test_a_run_longer_than_asked_for_is_an_error(tmp_path):
+    train(tmp_path, make_config(num_steps=8))
+    with pytest.raises(ValueError, match="is at step 8, past num_steps = 4"):
+        train(tmp_path, make_config(num_steps=4), resume="must")
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    from tensorboardX.record_writer import RecordWriter
+
+    written = []
+
+    def write(self, data):
+        written.append(data)
+        if len(written) > 8:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    with pytest.raises(OSError, match="could not write metrics or pictures in .*is the disk full"):
+        train(tmp_path, make_config(num_steps=4000, log_every=1, checkpoint_every=4000))
+
+
 def test_a_log_that_is_not_one_is_named(tmp_path):
     train(tmp_path, make_config(num_steps=4))
     log = tmp_path / "metrics.jsonl"
-    log.write_text("no metrics\n" + log.read_text())
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not a line of metrics"):
-        train(tmp_path, resume="auto")
-    assert log.read_text().startswith("no metrics\n")
+    whole = log.read_text()
+    for line in ("no metrics", '{"step": 1}', '{"step": null, "loss": 1.0}', "[1]"):
+        log.write_text(line + "\n" + whole)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is not a line of metrics"):
+            train(tmp_path, resume="auto")
+        assert log.read_text() == line + "\n" + whole
 
 
 # Divergence by choice, pictures, counting.
@@ -364,6 +405,27 @@ def test_a_run_that_would_skip_everything_stops(tmp_path):
         fit(*arguments, tmp_path, progress=False)
 
 
+def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_SKIPPED", 5)
+
+    def late_nan(params, x, t, dropout_key=None):
+        return params["w"] * x + jnp.where(params["n"] > 3, jnp.nan, 0.0)
+
+    def count(step):  # n counts the steps that are not skipped: the fifth and all later are bad
+        def counting(state, batch):
+            state = state._replace(params={**state.params, "n": 1.0 + state.params["n"]})
+            return step(state, batch)
+
+        return jax.jit(counting)
+
+    make = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", lambda *a: count(make(*a)))
+    config = make_config(skip_nonfinite=True, num_steps=40, log_every=20, checkpoint_every=7)
+    params = {"w": jnp.float32(1), "n": jnp.float32(0)}
+    with pytest.raises(FloatingPointError, match="5 updates up to step (8|9) were all skipped"):
+        fit(late_nan, params, SCHEDULE, make_dataset(), config, tmp_path, progress=False)
+
+
 def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
     train(tmp_path, make_config(sample_every=4, learning_rate=1e-30))
     pictures = sorted((tmp_path / "samples").iterdir())
@@ -380,7 +442,7 @@ def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
 def test_arithmetic_is_counted(tmp_path):
     seen = []
     train(tmp_path, make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
-    each = flops_per_image(affine, affine_params(), (4, 4, 1))
+    each = flops_per_image(affine, affine_params(), (8, 4, 4, 1))
     assert each == 32  # a multiplication and an addition a pixel
     np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * seen[0]["images_per_second"])
     assert "mfu" not in seen[0]  # nobody knows the peak of this CPU

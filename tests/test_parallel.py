@@ -157,10 +157,12 @@ def test_arguments():
     with pytest.raises(ValueError, match="process_id must be in 0..1, got 2"):
         parallel.initialize("localhost:1", 2, 2)
     assert parallel.in_cluster({"OMPI_COMM_WORLD_SIZE": "2"})
-    assert parallel.in_cluster({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
-    assert not parallel.in_cluster({"SLURM_NTASKS": "4"})  # in sbatch itself, outside of srun
+    batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}  # in sbatch itself, outside of srun
+    assert not parallel.in_cluster(batch)
+    assert parallel.in_cluster({**batch, "SLURM_STEP_NODELIST": "node[1-4]"})
     assert parallel.peak_flops("TPU v5 lite") == 197e12
     assert parallel.peak_flops("TPU v5") == 459e12
+    assert parallel.peak_flops("NVIDIA L40S") is None
 
 
 # Two processes of two devices each, on this machine.

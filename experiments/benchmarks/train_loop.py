@@ -28,6 +28,8 @@ from ddim_jax.loop import fit
 from ddim_jax.presets import PRESETS
 from ddim_jax.unet import build
 
+WARM = 20  # steps before the clock starts; a line of metrics every so many
+
 
 def by_hand(apply_fn, alpha_bar, config):
     """The step as one would write it for oneself."""
@@ -71,8 +73,8 @@ def main() -> None:
     config = dataclasses.replace(
         preset.train,
         batch_size=args.batch_size or preset.train.batch_size,
-        num_steps=args.steps + 5,
-        log_every=5,
+        num_steps=args.steps + WARM,
+        log_every=WARM,
         checkpoint_every=10**9,
         sample_every=0,
         flip=False,
@@ -84,9 +86,9 @@ def main() -> None:
         state = (jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, params),
                  optimizer.init(params))  # fmt: skip
         batch, key = jax.device_put(images), jax.random.key(0)
-        for n in range(args.steps + 5):
+        for n in range(args.steps + WARM):
             *state, value = step(*state, jax.random.fold_in(key, n), batch)
-            if n == 4:
+            if n == WARM - 1:
                 value.block_until_ready()
                 began = time.perf_counter()
         value.block_until_ready()
@@ -105,7 +107,7 @@ def main() -> None:
                 progress=False,
                 on_log=lambda state, line: seconds.update({line["step"]: line["seconds"]}),
             )
-        return (seconds[args.steps + 5] - seconds[5]) / args.steps
+        return (seconds[args.steps + WARM] - seconds[WARM]) / args.steps
 
     rows = []
     for _ in range(args.rounds + 1):

@@ -1,0 +1,108 @@
+"""Figure 6: images along the great arc between two x_T.
+
+    python -m experiments.fig6 [--model digits] [--out results/fig6]
+
+Each row decodes slerp(x_T, x_T', w), w = 0..1, at η = 0. Smooth: no step between neighbours is as
+long as the way from end to end. Meaningful: the middle is as near to some image of the data as
+drawn images are, and nearer than the mean of the two end images is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ddim_jax as ddim
+from ddim_jax.images import to_model, to_uint8
+from experiments import drawing
+from experiments.common import Cell, Experiment, parse, run
+from experiments.table2 import mean_se
+
+SMALL = {"steps": [50], "paths": 8, "shown": 8, "points": 11}
+FULL = {"paths": 100}
+HELP = {
+    "paths": "pairs of latents",
+    "shown": "paths in the figure",
+    "points": "images along a path, its ends included; odd",
+}
+AGAINST = 10_000  # images of the data among which the nearest is sought
+
+
+def main(argv: Sequence[str] | None = None) -> Cell:
+    """Interpolates, and measures the paths."""
+    args = parse("fig6", __doc__.splitlines()[0], argv, SMALL, FULL, **HELP)
+    if args.points < 3 or args.points % 2 == 0 or args.paths < 2 or len(args.steps) != 1:
+        raise ValueError("fig6 takes one S, an odd number of points >= 3 and paths >= 2, got "
+                         f"{args.steps}, {args.points} and {args.paths}")  # fmt: skip
+    experiment = Experiment("fig6", args)
+    experiment.begin_with_model()
+    paths: list[np.ndarray] = []
+
+    def measure() -> Cell:
+        paths.append(decode(experiment))
+        data = experiment.dataset
+        chosen = np.random.default_rng(0).permutation(len(data))[:AGAINST]
+        return measures(paths[0], np.asarray(to_model(data.take(chosen)["image"])))
+
+    cells = experiment.cell(f"S{args.steps[0]}", measure)
+    drawn = paths[0] if paths else decode(experiment)
+    weights = np.linspace(0, 1, args.points)
+    figure = drawing.strips({f"path {i + 1}": path for i, path in enumerate(drawn[: args.shown])})
+    caption = (
+        f"{args.shown} of {args.paths} paths, each from one x_T (left) to another (right) by "
+        f"slerp, {len(weights)} weights from 0 to 1, decoded with S = {args.steps[0]}, η = 0."
+    )
+    return experiment.finish(cells, figure, caption)
+
+
+def decode(experiment: Experiment) -> np.ndarray:
+    """(paths, points, H, W, C) images, in [−1, 1]."""
+    model, args = experiment.model, experiment.args
+    x_T = ddim.initial_noise(jax.random.key(args.seed), 2 * args.paths, model.image_shape)
+    a, b = (jnp.repeat(x_T[i::2], args.points, axis=0) for i in (0, 1))
+    weights = jnp.asarray(np.tile(np.linspace(0, 1, args.points), args.paths), x_T.dtype)
+    latents = ddim.slerp(a, b, weights)
+    sampler = ddim.make_sampler(model.apply_fn, model.schedule, experiment.tau(args.steps[0]))
+    starts = range(0, len(latents), args.batch_size)
+    parts = [sampler(model.params, latents[i : i + args.batch_size]) for i in starts]
+    images = np.asarray(to_model(np.asarray(to_uint8(jnp.concatenate(parts)))))
+    return images.reshape(args.paths, args.points, *model.image_shape)
+
+
+def measures(paths: np.ndarray, data: np.ndarray) -> Cell:
+    """RMS lengths of the paths' steps, and distances to the nearest image of the data."""
+    whole = _rms(paths[:, 0] - paths[:, -1])
+    steps = _rms(paths[:, 1:] - paths[:, :-1])
+    middle = paths[:, paths.shape[1] // 2]
+    sets = {
+        "ends": paths[:, [0, -1]].reshape(-1, *paths.shape[2:]),
+        "middle": middle,
+        "pixel mean": (paths[:, 0] + paths[:, -1]) / 2,
+    }
+    return {
+        "paths": len(paths),
+        "points": paths.shape[1],
+        "rms_end_to_end": float(whole.mean()),
+        "rms_step": float(steps.mean()),
+        "rms_largest_step": float(steps.max(axis=1).mean()),
+        "smooth_share": float((steps.max(axis=1) < whole).mean()),
+        "nearest": {k: mean_se(_nearest(v, data)) for k, v in sets.items()},
+        "data_images": len(data),
+    }
+
+
+def _rms(x: np.ndarray) -> np.ndarray:
+    """Over the last three axes."""
+    return np.sqrt((x.astype(np.float64) ** 2).mean(axis=(-3, -2, -1)))
+
+
+def _nearest(images: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """(n,) RMS distance of each image to the nearest one of the data."""
+    return np.array([_rms(data - image[None]).min() for image in images])
+
+
+if __name__ == "__main__":
+    run(main)

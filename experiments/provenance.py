@@ -1,0 +1,101 @@
+"""Where numbers come from: weights, data, device and versions; and files that appear whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import re
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+import ddim_jax as ddim
+from ddim_jax.presets import PRESETS, DataConfig
+
+
+def digest(model: ddim.Model) -> dict[str, Any]:
+    """Which weights these are."""
+    sha = hashlib.sha256(np.asarray(model.schedule.log_alpha_bar).tobytes())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
+        sha.update(np.ascontiguousarray(leaf, "<f4").tobytes())
+    return {"sha256": sha.hexdigest(), "preset": model.facts.get("preset")}
+
+
+def device() -> dict[str, Any]:
+    """What computes here."""
+    first = jax.local_devices()[0]
+    model = platform.processor() or platform.machine()
+    try:
+        info = pathlib.Path("/proc/cpuinfo").read_text()
+        model = (re.search(r"model name\s*: (.*)", info) or [model, model])[1]
+    except OSError:
+        pass
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "count": len(jax.local_devices()),
+        "cpu": model,
+        "cores": os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "ddim_jax": ddim.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """JSON that appears whole or not at all; NaN is an error."""
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+    """A file that appears whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def data_config(name: str | None, facts: Mapping[str, Any]) -> DataConfig:
+    """The data called `name` with the preset's cropping, or those in the model's facts."""
+    own: Mapping[str, Any] = facts.get("data") or {}
+    if name is None and "name" in own:
+        transform = own.get("transform") or {}
+        crop = transform.get("crop")
+        return DataConfig(
+            re.sub(r"/(\d+\.\d+\.\d+)$", r":\1", own["name"]),
+            own.get("split", "train"),
+            crop=tuple(crop) if crop else None,
+            resize=transform.get("resize"),
+        )
+    if name is None:
+        raise ValueError("the model does not say what it learned from: name the data with --data")
+    presets = {key: preset().data for key, preset in PRESETS.items()}
+    known = {data.name: data for data in presets.values()} | presets
+    plain = name.split(":")[0]
+    if plain.startswith("lsun/"):
+        return dataclasses.replace(presets["lsun256"], name=name)
+    if plain not in known:
+        return DataConfig(name)
+    data = known[plain]
+    return dataclasses.replace(data, name=name) if plain == data.name else data

@@ -1,0 +1,297 @@
+"""One page with every result beside the paper's figures.
+
+    python -m experiments.report results/ [--out results/report.html]
+
+Reads each `result.json` in the folder and below it. What was not run is said to be not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ddim_jax import plots
+from experiments import paper_numbers as paper
+from experiments.claims import CLAIMS, NOT_RUN, Claim
+from experiments.common import row_label, run
+from experiments.provenance import write
+
+TITLE = "The tables and figures of DDIM, reproduced"
+SECTIONS = {
+    "table1": "Table 1: distance for every η and S",
+    "table2": "Table 2: encode, then decode",
+    "table3": "Table 3: LSUN at 256×256",
+    "fig3": "Figure 3: samples",
+    "fig4": "Figure 4: time against S",
+    "fig5": "Figure 5: one x_T, several τ",
+    "fig6": "Figure 6: interpolation",
+    "discrete": "Appendix A: categories",
+    "solvers": "Solvers: quality against network calls",
+}
+Rows = list[list[str]]
+
+
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
+    """Writes the page, and returns its path."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, help="by default RESULTS/report.html")
+    args = parser.parse_args(argv)
+    out = args.out or args.results / "report.html"
+    if not args.results.is_dir():
+        raise FileNotFoundError(f"no folder {args.results}")
+    if out.exists() and f"<title>{TITLE}</title>" not in out.read_text():
+        raise FileExistsError(f"{out} is no report; choose another --out")
+    results = read(args.results)
+    write(out, page(results).encode())
+    print(f"wrote {out}: {len(results)} results")
+    return out
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All results below a folder, each with the folder's name and its picture."""
+    found = []
+    for path in sorted(folder.rglob("result.json")):
+        result = json.loads(path.read_text())
+        if result.get("experiment") not in SECTIONS:
+            raise ValueError(f"{path} is no result of these experiments")
+        picture = path.parent / "figure.png"
+        result["folder"] = str(path.parent.relative_to(folder))
+        result["png"] = picture.read_bytes() if picture.exists() else None
+        found.append(result)
+    return found
+
+
+def page(results: Sequence[dict[str, Any]]) -> str:
+    """The page's text."""
+    body = [
+        "<p>Our figures are from the models named with them. Only figures called FID can be "
+        "compared with the paper's in size: FD-pixels and FD-ResNet56 are Fréchet distances in "
+        "other features, on other data, with fewer samples. What can be compared is the order of "
+        "rows and columns. A comparison <b>holds</b> if it exceeds two standard errors, and is "
+        "<b>within error</b> if neither it nor its opposite does.</p>",
+        "<h2>Which of the orderings hold</h2>",
+        plots.table_html(["claim", "where", "verdict", "detail"], _all_claims(results)),
+    ]
+    for name, title in SECTIONS.items():
+        body.append(f"<h2>{html.escape(title)}</h2>")
+        mine = [r for r in results if r["experiment"] == name]
+        for result in mine or [{"experiment": name, "status": NOT_RUN, "reason": "no result here"}]:
+            body += _section(result)
+        if name in PAPER:
+            body += ["<h3>The paper</h3>", *PAPER[name]()]
+    return plots.page(TITLE, body)
+
+
+def _section(result: dict[str, Any]) -> list[str]:
+    if result["status"] == NOT_RUN:
+        return [f"<p><b>Not run</b>: {html.escape(result['reason'])}.</p>"]
+    model = result.get("model")
+    source = f"model {model['source']}, " if model else ""
+    device, versions = result["device"], result["versions"]
+    where = (
+        f"{source}seed {result['settings']['seed']}; {device['count']} × {device['kind']} "
+        f"({device['cpu']}, {device['cores']} cores), jax {versions['jax']}, ddim_jax "
+        f"{versions['ddim_jax']}, Python {versions['python']}; {_seconds(result):,.0f} s in all, "
+        f"finished {result['finished']}"
+    )
+    return [
+        f"<h3>{html.escape(result['folder'])}</h3>",
+        *TABLES.get(result["experiment"], lambda _: [])(result),
+        plots.figure_html(result["png"], result["caption"]) if result["png"] else "",
+        f'<p class="note">{html.escape(where)}<br>'
+        f"<code>{html.escape(result['command'])}</code></p>",
+    ]
+
+
+def _seconds(value: Any) -> float:
+    """The sum of every cell's seconds."""
+    if isinstance(value, dict):
+        own = value.get("seconds", 0.0) if "device" in value else 0.0
+        return own + sum(_seconds(v) for v in value.values())
+    return sum(map(_seconds, value)) if isinstance(value, list) else 0.0
+
+
+def _all_claims(results: Sequence[dict[str, Any]]) -> Rows:
+    rows = []
+    for name, claims in CLAIMS.items():
+        judged = [("the paper", claims(cells)) for cells in _papers_cells(name)]
+        if len(judged) > 1:
+            labels = list(paper.TABLE1 if name == "table1" else paper.TABLE3)
+            judged = [(f"the paper, {label}", c) for label, (_, c) in zip(labels, judged)]
+        ours = [r for r in results if r["experiment"] == name and r["status"] != NOT_RUN]
+        judged = [(r["folder"], claims(r["cells"])) for r in ours] + judged
+        if not ours:
+            rows.append([SECTIONS[name], "ours", NOT_RUN, ""])
+        for i in range(max((len(c) for _, c in judged), default=0)):
+            rows += [_claim_row(c[i], where) for where, c in judged]
+    return rows
+
+
+def _claim_row(claim: Claim, where: str) -> list[str]:
+    return [claim.text, where, claim.verdict, claim.detail]
+
+
+def _papers_cells(name: str) -> list[Any]:
+    if name == "table1":
+        return [paper.as_cells(t, paper.TABLE1_STEPS) for t in paper.TABLE1.values()]
+    if name == "table3":
+        return [paper.as_cells(t, paper.TABLE3_STEPS) for t in paper.TABLE3.values()]
+    if name == "table2":
+        return [[{"S": s, "error": e, "se": 0.0} for s, e in paper.TABLE2.items()]]
+    return []
+
+
+def _pm(value: float | None, se: float | None = None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}" + (f" ± {se:.1g}" if se else "")
+
+
+def _grid(cells: Sequence[dict[str, Any]], row: str, label: Callable[[str], str],
+          show: Callable[[dict[str, Any]], str]) -> tuple[list[int], Rows]:  # fmt: skip
+    """Cells of (row, S) as rows of text."""
+    steps = sorted({c["S"] for c in cells})
+    at = {(c[row], c["S"]): show(c) for c in cells}
+    names = list(dict.fromkeys(c[row] for c in cells))
+    return steps, [[label(n), *(at.get((n, s), NOT_RUN) for s in steps)] for n in names]
+
+
+def _distance_rows(result: dict[str, Any], steps: list[int], counts: dict[int, int]) -> Rows:
+    """The floor and the number of samples, under a table of distances."""
+    floors = {f["num_samples"]: _pm(f["distance"], f["se"]) for f in result["floors"]}
+    nearest = [min(floors, key=lambda n: abs(n - counts[s])) for s in steps]
+    return [
+        ["real half against half", *(f"{floors[n]} (n = {n:,})" for n in nearest)],
+        ["samples n", *(f"{counts[s]:,}" for s in steps)],
+    ]
+
+
+def _table1(result: dict[str, Any]) -> list[str]:
+    cells = result["cells"]
+    steps, rows = _grid(cells, "eta", row_label, lambda c: _pm(c["distance"], c["se"]))
+    counts = {c["S"]: c["num_samples"] for c in cells}
+    rows += _distance_rows(result, steps, counts)
+    name = result["name"]
+    return [plots.table_html([name, *(f"S = {s}" for s in steps)], rows)]
+
+
+def _table2(result: dict[str, Any]) -> list[str]:
+    exact = {c["S"]: c for c in result["exact"]}
+    header = ["S", "plain, ε at the target", "plain, ε at the source", "images",
+              "the paper, CIFAR-10"]  # fmt: skip
+    header += ["exact inverse", "converged", "its error", "images"]
+    rows = []
+    for c in result["cells"]:
+        line = [str(c["S"]), _pm(c["error"], c["se"]), _pm(c["source_error"], c["source_se"]),
+                f"{c['num_samples']:,}", _pm(paper.TABLE2.get(c["S"]))]  # fmt: skip
+        e = exact.get(c["S"])
+        rows.append(line + (
+            [_pm(e["error"], e["se"]), f"{e['converged']:.0%}", _pm(e["converged_error"]),
+             f"{e['num_samples']:,}"] if e else [NOT_RUN, "", "", ""]
+        ))  # fmt: skip
+    note = '<p class="note">“Its error” is that of the converged images alone.</p>'
+    return [plots.table_html(header, rows), note]
+
+
+def _fig4(result: dict[str, Any]) -> list[str]:
+    fit, times = result["cells"]["fit"], result["cells"]["times"]
+    rows = [
+        [str(c["S"]), f"{c['shortest']:.4g}", f"{c['median']:.4g}",
+         f"{fit['offset'] + fit['seconds_per_step'] * c['S']:.4g}"] for c in times
+    ]  # fmt: skip
+    return [plots.table_html(["S", "shortest, s", "median, s", "line, s"], rows)]
+
+
+def _fig5(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [c["what"], str(c["S"]), _pm(c["correlation"], c["se"]), _pm(c["mse"], c["mse_se"]),
+         str(c["num_samples"])] for c in result["cells"]
+    ]  # fmt: skip
+    header = ["τ", "S", "correlation", "mean squared error, pixels in [0, 1]", "images"]
+    return [plots.table_html(header, rows)]
+
+
+def _fig6(result: dict[str, Any]) -> list[str]:
+    c = result["cells"]
+    rows = [
+        ["one step between neighbours, mean", _pm(c["rms_step"])],
+        ["longest step of a path, mean", _pm(c["rms_largest_step"])],
+        ["end to end, mean", _pm(c["rms_end_to_end"])],
+        *([f"nearest image of the data: {k}", _pm(*v)] for k, v in c["nearest"].items()),
+    ]
+    return [plots.table_html([f"RMS over pixels in [−1, 1], {c['paths']} paths", ""], rows)]
+
+
+def _discrete(result: dict[str, Any]) -> list[str]:
+    c = result["cells"]
+    steps, rows = _grid(c["samples"], "row", str, lambda v: _pm(v["distance"], v["se"]))
+    counts = {v["S"]: v["num_samples"] for v in c["samples"]}
+    independent = c["independent"]
+    rows.append(
+        ["independent pixels", *[_pm(independent["distance"], independent["se"])] * len(steps)]
+    )
+    rows += _distance_rows(result, steps, counts)
+    bounds = {v["S"]: v for v in c["bounds"]}
+    for eta, bits, se in ((1, "bits", "se"), (0, "least_bits", "least_se")):
+        row = [_pm(bounds[s][bits], bounds[s][se]) for s in steps]
+        rows.append([f"bound, bits per held-out pixel, η = {eta}", *row])
+    rows.append(["the same of independent pixels", *[_pm(independent["bits"])] * len(steps)])
+    return [plots.table_html([result["name"], *(f"S = {s}" for s in steps)], rows)]
+
+
+def _solvers(result: dict[str, Any]) -> list[str]:
+    cells = result["cells"]
+    steps, rms = _grid(cells, "method", str, lambda c: _pm(c["rms"], c["rms_se"]))
+    _, distance = _grid(cells, "method", str, lambda c: _pm(c["distance"], c["se"]))
+    counts = {c["S"]: c["num_samples"] for c in cells}
+    distance += _distance_rows(result, steps, counts)
+    header = [f"S = {s}" for s in steps]
+    return [
+        plots.table_html(["RMS error to τ = 1..T", *header], rms),
+        plots.table_html([result["name"], *header], distance),
+    ]
+
+
+def _papers_table(table: dict[str, Any], steps: Sequence[int]) -> list[str]:
+    header = [f"S = {s}" for s in steps]
+    return [
+        plots.table_html([f"FID, {data}", *header], [
+            [row_label(eta), *(f"{v:g}" for v in row)] for eta, row in rows.items()
+        ])
+        for data, rows in table.items()
+    ]  # fmt: skip
+
+
+def _text(text: str) -> Callable[[], list[str]]:
+    return lambda: [f"<p>{html.escape(text)}</p>"]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "table1": _table1, "table2": _table2, "table3": _table1, "fig4": _fig4, "fig5": _fig5,
+    "fig6": _fig6, "discrete": _discrete, "solvers": _solvers,
+}  # fmt: skip
+PAPER: dict[str, Callable[[], list[str]]] = {
+    "table1": lambda: _papers_table(paper.TABLE1, paper.TABLE1_STEPS),
+    "table2": lambda: [plots.table_html(
+        ["S", *map(str, paper.TABLE2)],
+        [["CIFAR-10 test set", *(f"{v:g}" for v in paper.TABLE2.values())]],
+    )],
+    "table3": lambda: _papers_table(paper.TABLE3, paper.TABLE3_STEPS),
+    "fig4": _text("Time to draw 50,000 images is linear in S (Figure 4, no numbers printed)."),
+    "fig5": _text("Images from one x_T agree in their high-level features whatever τ (§5.2)."),
+    "fig6": _text("Slerp between two x_T gives smooth paths of meaningful images (§5.3)."),
+    "discrete": _text("Appendix A defines the discrete case and reports no figures."),
+    "solvers": _text(
+        "Eq. 15 is expected to differ from DDIM for few steps (§4.3); multistep methods are future "
+        "work (§7). No figures are reported."
+    ),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

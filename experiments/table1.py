@@ -1,0 +1,68 @@
+"""Table 1: the Fréchet distance for every η (and σ̂) and number of steps S.
+
+    python -m experiments.table1 [--model digits] [--out results/table1] [--full]
+
+Every cell draws its images from the same x_T. With the FID's own Inception weights and 50,000
+samples the figure is the paper's FID; with any other extractor it is called after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from ddim_jax.generate import iter_shards
+from experiments import drawing
+from experiments.common import Cell, Experiment, jackknife_blocks, parse, row_label, run
+
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_samples": ["300"]}
+FULL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["50000"]}
+
+
+def main(argv: Sequence[str] | None = None) -> Cell:
+    """Runs the table, and writes it down."""
+    return table(Experiment("table1", parse("table1", __doc__.splitlines()[0], argv, SMALL, FULL)))
+
+
+def table(experiment: Experiment) -> Cell:
+    """All cells (η, S) of the arguments' rows and columns, and the floor beside them."""
+    args = experiment.args
+    labels = {eta: row_label(eta) for eta in args.eta}
+    counts = {s: experiment.num_samples(s) for s in args.steps}
+    for s in args.steps:
+        experiment.tau(s)
+    experiment.begin_with_model()
+    floors = [experiment.floor(n) for n in sorted(set(counts.values()))]
+    cells = []
+    for s in args.steps:
+        for eta in args.eta:
+            cell = experiment.cell(f"eta{eta}-S{s}", partial(_score, experiment, eta, s))
+            cells.append({"eta": eta, "S": s, **cell})
+    series: dict[str, Any] = {}
+    for eta, label in labels.items():
+        row = [c for c in cells if c["eta"] == eta]
+        series[label] = tuple([c[k] for c in row] for k in ("S", "distance", "se"))
+    name = cells[0]["name"]
+    figure = drawing.lines(
+        series,
+        "network calls S",
+        name,
+        horizontal={f"real halves, n = {f['num_samples']:,}": f["distance"] for f in floors},
+    )
+    sizes = ", ".join(f"{n:,} at S = {s}" for s, n in counts.items())
+    caption = (
+        f"{name} of samples ({sizes}) against {len(experiment.dataset):,} images of "
+        f"{experiment.dataset.name}, {experiment.spacing} τ; bars are one standard error "
+        f"(jackknife, {jackknife_blocks(min(counts.values()))} blocks). The distance depends on "
+        "the number of samples: compare columns of equal numbers, with the floor of that number."
+    )
+    return experiment.finish(cells, figure, caption, floors=floors, name=name)
+
+
+def _score(experiment: Experiment, eta: str, steps: int) -> Cell:
+    return experiment.score(list(iter_shards(experiment.draw(eta, steps))))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,364 @@
+"""Every experiment, run small: numbers against independent ones, resuming, refusing, the page."""
+
+import itertools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from PIL import Image
+
+import ddim_jax as ddim
+from ddim_jax.data import load
+from experiments import (
+    claims,
+    common,
+    discrete,
+    fig3,
+    fig4,
+    fig5,
+    fig6,
+    paper_numbers,
+    provenance,
+    report,
+    solvers,
+    table1,
+    table2,
+    table3,
+)
+
+TINY = {
+    "table1": "--steps 2 5 --eta 0 1 hat --num-samples 16 5=24 --batch-size 4 --seed 3",
+    "table2": "--steps 2 5 --num-samples 6 --exact-steps 5 --exact-samples 4 --max-iterations 40",
+    "table3": "",
+    "fig3": "--steps 2 --eta 0 hat --num-samples 4 --batch-size 4",
+    "fig4": "--steps 2 5 8 --num-samples 4 --repeats 2",
+    "fig5": "--steps 2 5 --num-samples 8 --shown 3 --batch-size 4",
+    "fig6": "--steps 5 --paths 3 --shown 2 --points 5",
+    "discrete": "--steps 2 --num-samples 40 --train-steps 2 --train-batch 8 --bound-images 6",
+    "solvers": "--oracle --steps 2 --num-samples 12 --fine-samples 4 --refine 2 --sweeps 1",
+}
+MAINS = {
+    module.__name__.split(".")[1]: module.main
+    for module in (table1, table2, table3, fig3, fig4, fig5, fig6, discrete, solvers)
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder in which every experiment was run, and their results by name."""
+    folder = tmp_path_factory.mktemp("results")
+    return folder, {
+        name: MAINS[name]([*words.split(), "--out", str(folder / name)])
+        for name, words in TINY.items()
+    }
+
+
+def samples(model, eta, steps, number, seed):
+    """x_0 by the authors' own formulas, in NumPy around the network; keys as documented."""
+    schedule, tau = model.schedule, 1000 * np.arange(1, steps + 1) // steps
+    key, noise_key = jax.random.split(jax.random.key(seed))
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    draw = jax.vmap(lambda k: jax.random.normal(k, model.image_shape))
+    x = np.asarray(draw(fold(key, jnp.arange(number, dtype=jnp.uint32))), np.float64)
+    alpha_bar = np.exp(np.asarray(schedule.log_alpha_bar, np.float64))
+    network = jax.jit(model.apply_fn)
+    for t, s in zip(tau[::-1], np.append(tau[:-1][::-1], 0)):
+        a, b = alpha_bar[t], alpha_bar[s]
+        eps = network(model.params, jnp.asarray(x, jnp.float32), jnp.full(number, t, jnp.int32))
+        x_0 = (x - np.sqrt(1 - a) * np.asarray(eps, np.float64)) / np.sqrt(a)
+        if eta == "hat":  # the posterior mean of Ho et al., Eq. 7, at clipped x̂_0
+            x_0 = np.clip(x_0, -1, 1)
+            beta = 1 - a / b
+            mean = (np.sqrt(b) * beta * x_0 + np.sqrt(a / b) * (1 - b) * x) / (1 - a)
+            sigma = np.sqrt(beta) if s else 0.0
+        else:
+            sigma = eta * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
+            noise = (x - np.sqrt(a) * x_0) / np.sqrt(1 - a)
+            mean = np.sqrt(b) * x_0 + np.sqrt(1 - b - sigma**2) * noise
+        z = 0.0
+        if sigma:
+            keys = fold(noise_key, jnp.arange(number, dtype=jnp.uint32))
+            z = np.asarray(draw(jax.vmap(lambda k, t=t: jax.random.fold_in(k, t))(keys)))
+        x = mean + sigma * z
+    return np.clip(np.round((x + 1) * 127.5), 0, 255)
+
+
+def frechet(x, y):
+    """By scipy's matrix square root."""
+    x, y = (v.reshape(len(v), -1) / 127.5 - 1 for v in (x, y))
+    a, b = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(a @ b + 1e-12 * np.eye(len(a))).real
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root)
+
+
+@pytest.mark.parametrize("eta", ["0", "hat"])
+def test_table1_cells_are_what_a_numpy_loop_and_scipy_give(results, eta):
+    cells = {(c["eta"], c["S"]): c for c in results[1]["table1"]["cells"]}
+    model, data = ddim.load_model("digits"), load("digits").arrays()["image"].astype(float)
+    for steps, number in ((2, 16), (5, 24)):
+        cell = cells[eta, steps]
+        drawn = samples(model, eta if eta == "hat" else float(eta), steps, number, seed=3)
+        folder = results[0] / "table1" / "samples" / f"eta{eta}-S{steps}-linear"
+        ours = np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
+        assert np.abs(ours - drawn).max() <= 1
+        assert cell["distance"] == pytest.approx(frechet(drawn, data), rel=2e-3)
+        assert (cell["name"], cell["num_samples"]) == ("FD-pixels", number)
+        assert 0 < cell["se"] < cell["distance"]
+
+
+def test_table1_has_a_floor_at_each_number_of_samples(results):
+    floors = results[1]["table1"]["floors"]
+    assert [f["num_samples"] for f in floors] == [16, 24]
+    images = load("digits").arrays()["image"].astype(float)
+    odd = np.arange(1, len(images), 2)
+    some = np.random.default_rng(3).permutation(odd)[:24]
+    assert floors[1]["distance"] == pytest.approx(frechet(images[some], images[::2]), rel=1e-3)
+
+
+def test_table2_is_eq_13_up_and_down(results):
+    result = results[1]["table2"]
+    model, images = ddim.load_model("digits"), load("digits").arrays()["image"]
+    alpha_bar = np.exp(np.asarray(model.schedule.log_alpha_bar, np.float64))
+    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(model.apply_fn)
+    x_0 = images[np.random.default_rng(0).permutation(1797)[:6]] / 127.5 - 1
+
+    def step(x, t, s, label):  # x at s → x at t, by ε at `label`
+        label = jnp.full(len(x), max(label, 1), jnp.int32)
+        eps = np.asarray(network(model.params, jnp.asarray(x, jnp.float32), label), np.float64)
+        return np.sqrt(alpha_bar[t]) * (x / np.sqrt(alpha_bar[s]) + (sigma[t] - sigma[s]) * eps)
+
+    tau = [0, 200, 400, 600, 800, 1000]
+    for where, name, se in ((1, "error", "se"), (0, "source_error", "source_se")):
+        x = x_0
+        for pair in itertools.pairwise(tau):
+            x = step(x, pair[1], pair[0], pair[where])
+        for s, t in list(itertools.pairwise(tau))[::-1]:
+            x = step(x, s, t, t)
+        error = (((x - x_0) / 2) ** 2).mean(axis=(1, 2, 3))
+        cell = result["cells"][1]
+        assert cell[name] == pytest.approx(error.mean(), rel=1e-3)
+        assert cell[se] == pytest.approx(error.std(ddof=1) / np.sqrt(6), rel=1e-3)
+    exact = result["exact"][0]
+    assert exact["error"] < cell["error"]
+    assert 0 <= exact["converged"] <= 1
+
+
+def test_fig4_fits_a_line():
+    x = np.array([10.0, 20, 50, 100])
+    y = 0.25 + 0.5 * x + np.array([1, -1, 1, -1]) * 0.01
+    fit, (coefficients, covariance) = fig4.line(x, y), np.polyfit(x, y, 1, cov=True)
+    assert fit["seconds_per_step"] == pytest.approx(coefficients[0])
+    assert fit["offset"] == pytest.approx(coefficients[1])
+    assert fit["seconds_per_step_se"] == pytest.approx(np.sqrt(covariance[0, 0]))
+    assert fit["offset_se"] == pytest.approx(np.sqrt(covariance[1, 1]))
+    assert fit["r_squared"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def test_fig5_measures_agreement(results):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (2, 9, 4, 4, 1)).astype(np.uint8)
+    found = fig5.agreement(x, y)
+    each = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(x, y)]
+    assert found["correlation"] == pytest.approx(np.mean(each))
+    squares = ((x / 255 - y / 255) ** 2).reshape(9, -1).mean(axis=1)
+    assert found["mse"] == pytest.approx(squares.mean())
+    what = [c["what"] for c in results[1]["fig5"]["cells"]]
+    assert what == ["η = 0, linear", "η = 0, quadratic", "η = 1, linear", "other x_T"]
+
+
+def test_fig6_measures_paths():
+    paths = np.zeros((2, 3, 1, 1, 1))
+    paths[:, :, 0, 0, 0] = [[0, 1, 4], [0, 5, 4]]  # the second goes too far and comes back
+    found = fig6.measures(paths, np.array([0.0, 4.0]).reshape(2, 1, 1, 1))
+    assert found["smooth_share"] == 0.5
+    assert (found["rms_step"], found["rms_largest_step"]) == (2.5, 4)
+    assert found["nearest"]["middle"][0] == 1.0
+    assert (found["nearest"]["ends"][0], found["nearest"]["pixel mean"][0]) == (0.0, 2.0)
+
+
+def test_discrete_bound_and_baseline(results):
+    """A trained network's bound lies near one bit per pixel at first, and its samples are two."""
+    cells = results[1]["discrete"]["cells"]
+    assert [c["S"] for c in cells["bounds"]] == [2]
+    assert all(0 < c["bits"] < 2 for c in cells["bounds"])
+    images = (load("digits").arrays()["image"] >= 128)[..., 0]
+    train, held = images[np.arange(1797) % 5 != 0], images[::5][:6]
+    white = (train.sum(axis=0) + 1) / (len(train) + 2)
+    bits = -np.log2(np.where(held, white, 1 - white)).mean()
+    assert cells["independent"]["bits"] == pytest.approx(bits)
+
+
+def test_solvers_choose_and_judge(results):
+    cells = {c["method"]: c for c in results[1]["solvers"]["cells"]}
+    assert len(cells) == 3 + 2 + 1 + 9
+    assert cells["DDIM, refined"]["rms"] < cells["Eq. 15, linear"]["rms"]
+    assert all(c["fine_samples"] == 4 and c["num_samples"] == 12 for c in cells.values())
+
+
+def test_results_say_where_they_come_from(results):
+    folder, found = results
+    for name, result in found.items():
+        written = json.loads((folder / name / "result.json").read_text())
+        assert written == json.loads(json.dumps(result))
+        if name == "table3":
+            assert (result["status"], "weights" in result["reason"]) == ("not run", True)
+            continue
+        assert result["command"].startswith(f"python -m experiments.{name} --")
+        assert result["versions"]["jax"] == jax.__version__
+        assert result["device"]["platform"] == "cpu"
+        assert "seed" in result["settings"]
+        with Image.open(folder / name / "figure.png") as picture:
+            assert len(np.unique(np.asarray(picture))) > 10
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    argv = ["--steps", "2", "--eta", "0", "1", "--num-samples", "8", "--batch-size", "4"]
+    argv += ["--out", str(tmp_path / "a")]
+    score, calls = table1._score, []
+
+    def dies(experiment, eta, steps):
+        calls.append(eta)
+        if eta == "1":
+            raise KeyboardInterrupt
+        return score(experiment, eta, steps)
+
+    monkeypatch.setattr(table1, "_score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        table1.main(argv)
+    assert not (tmp_path / "a" / "result.json").exists()
+    monkeypatch.setattr(table1, "_score", lambda *a: calls.append(a[1]) or score(*a))
+    result = table1.main(argv)
+    assert calls == ["0", "1", "1"]
+    assert [c["eta"] for c in result["cells"]] == ["0", "1"]
+
+    monkeypatch.setattr(table1, "_score", lambda *_: pytest.fail("a finished cell ran again"))
+    assert table1.main(argv)["cells"] == result["cells"]
+    with pytest.raises(ValueError, match=r"other settings(.|\n)*seed: there 0, now 5"):
+        table1.main([*argv, "--seed", "5"])
+    with pytest.raises(ValueError, match="experiment: there table1, now fig3"):
+        fig3.main(argv)
+    with pytest.raises(FileExistsError, match="holds a result"):
+        table3.main(["--out", str(tmp_path / "a")])
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something else"):
+        table1.main(["--out", str(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_not_run_makes_way_for_a_run(tmp_path):
+    table3.main(["--out", str(tmp_path)])
+    argv = ["--model", "digits", "--steps", "2", "--num-samples", "8", "--batch-size", "4"]
+    assert table3.main([*argv, "--out", str(tmp_path)])["status"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eta", "DDPM"], "takes numbers and 'hat'"),
+        (["--num-samples", "many"], "takes a number N"),
+        (["--num-samples", "5=100"], "takes a number N"),
+        (["--extractor", "vgg"], "must be pixels"),
+        (["--extractor", "resnet56"], "must be pixels"),
+        (["--spacing", "cubic"], "unknown spacing"),
+        (["--steps", "1001"], "S <= T"),
+        (["--model", "no-such-model"], "no model"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        table1.main([*words, "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def test_which_data_a_model_is_compared_with():
+    facts = {"data": {"name": "celeb_a/2.1.0", "split": "train", "transform": {
+        "crop": [57, 25, 128, 128], "resize": 64}}}  # fmt: skip
+    own = provenance.data_config(None, facts)
+    assert (own.name, own.crop, own.resize) == ("celeb_a:2.1.0", (57, 25, 128, 128), 64)
+    assert provenance.data_config("celeb_a:2.1.0", {}).resize == 64
+    assert provenance.data_config("lsun/church_outdoor", {}).resize == 256
+    assert provenance.data_config("cifar10", {}).name == "cifar10"
+    assert provenance.data_config("celeba64", {}).name == "celeb_a"
+    with pytest.raises(ValueError, match="--data"):
+        provenance.data_config(None, {})
+
+
+def test_the_papers_own_numbers_keep_its_orderings():
+    for table in paper_numbers.TABLE1.values():
+        found = claims.table1(paper_numbers.as_cells(table, paper_numbers.TABLE1_STEPS))
+        assert [c.verdict for c in found] == [claims.HOLDS] * 5
+    rows = [{"S": s, "error": e, "se": 0.0} for s, e in paper_numbers.TABLE2.items()]
+    (fall,) = claims.table2(rows)  # .0001 twice
+    assert (fall.verdict, fall.detail.startswith("5 of 6")) == (claims.WITHIN, True)
+    for table in paper_numbers.TABLE3.values():
+        found = claims.table3(paper_numbers.as_cells(table, paper_numbers.TABLE3_STEPS))
+        assert {c.verdict for c in found} == {claims.HOLDS}
+
+
+def test_a_comparison_needs_two_standard_errors():
+    value = claims.Value
+
+    def verdict(a, b):
+        return claims.compare("", [("", value(*a), value(*b))]).verdict
+
+    assert verdict((1.0, 0.3), (2.1, 0.4)) == claims.HOLDS  # 2·0.5 < 1.1
+    assert verdict((1.0, 0.3), (1.9, 0.4)) == claims.WITHIN
+    assert verdict((2.1, 0.3), (1.0, 0.4)) == claims.FAILS
+    assert claims.compare("", []).verdict == claims.NOT_RUN
+    cells = paper_numbers.as_cells(paper_numbers.TABLE1["CIFAR-10 32×32"], (10, 20, 50, 100, 1000))
+    for cell in cells:
+        if (cell["eta"], cell["S"]) == ("0", 20):
+            cell["distance"] = 8.0
+    best, grows, *_ = claims.table1(cells)
+    assert best.verdict == grows.verdict == claims.FAILS
+    assert "η=0 S=20 < η=0.2 S=20" in best.detail
+
+
+def test_the_report_puts_all_beside_the_paper(results):
+    folder, found = results
+    page = report.main([str(folder)])
+    text = page.read_text()
+    assert page == folder / "report.html"
+    assert text.count("data:image/png;base64,") == len(found) - 1
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    for title in report.SECTIONS.values():
+        assert f"<h2>{title}</h2>" in text
+    assert "Not run</b>: no LSUN weights" in text
+    for number in ("367.43", "0.0065", "42.78"):
+        assert f"<td>{number}</td>" in text
+    cell = found["table1"]["cells"][0]
+    assert f"<td>{cell['distance']:.3g} ± {cell['se']:.1g}</td>" in text
+    ours = re.findall(r"<th>(F[^<]*)</th>", text)
+    assert "FD-pixels" in ours
+    assert not [name for name in ours if name.startswith("FID") and "×" not in name]
+    verdicts = re.findall(r"<td>(holds|within error|does not hold|not run)</td>", text)
+    assert len(verdicts) > 20
+    assert report.main([str(folder)]) == page  # again, over its own page
+
+
+def test_the_report_of_nothing_and_of_strangers(tmp_path):
+    text = report.main([str(tmp_path)]).read_text()
+    assert text.count("Not run</b>") == len(report.SECTIONS)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        report.main([str(tmp_path / "missing")])
+    mine = tmp_path / "mine.html"
+    mine.write_text("<title>Mine</title>")
+    with pytest.raises(FileExistsError, match="no report"):
+        report.main([str(tmp_path), "--out", str(mine)])
+    (tmp_path / "result.json").write_text('{"experiment": "cooking"}')
+    with pytest.raises(ValueError, match="no result of these"):
+        report.main([str(tmp_path)])
+
+
+def test_errors_of_use_are_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").resolve()))
+    with pytest.raises(SystemExit, match="error: no model 'nothing'"):
+        common.run(lambda: table1.main(["--model", "nothing"]))
