@@ -81,8 +81,10 @@ def digits() -> Preset:
 def mnist() -> Preset:
     """MNIST at 28×28, a network of 3.2 M parameters.
 
-    Command: `ddim-jax train mnist --data-dir DIR`. Hardware: 2 CPU cores, or any GPU. Time and
-    score: not run.
+    Command: `ddim-jax train mnist --data-dir DIR`. Hardware: 2 CPU cores, or any GPU. Time: about
+    20 minutes at the 33 images/s of 2 idle cores. Score: pixel-space Fréchet distance, 150
+    samples, S = 10: 49.3 at η = 1, 243 at η = 0 (150 real digits: 47.5). So short a training leaves
+    a quarter of the η = 0 samples noise; train longer for those.
     """
     return Preset(
         "mnist",
