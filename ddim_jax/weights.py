@@ -42,7 +42,8 @@ def save_weights(
       TypeError: a leaf that is not an array, metadata that is not JSON-able.
 
     Example:
-      >>>       >>> path = tempfile.mkdtemp() + "/tiny.safetensors"
+      >>> import tempfile
+      >>> path = tempfile.mkdtemp() + "/tiny.safetensors"
       >>> save_weights(path, {"dense": {"bias": np.ones(2, np.float32)}}, {"channels": 2})
       >>> load_weights(path)
       ({'dense': {'bias': array([1., 1.], dtype=float32)}}, {'channels': 2})
