@@ -24,20 +24,20 @@ def conv(
     strips of rows instead. Values, other derivatives, dtypes and platforms stay as they are.
 
     Args:
-        x: (B, H, W, C_in).
-        kernel: (h, w, C_in, C_out).
-        strides: of the two axes.
-        padding: "SAME", "VALID" or (low, high) of the two axes.
-        **kwargs: passed on; they must not dilate.
+      x: (B, H, W, C_in).
+      kernel: (h, w, C_in, C_out).
+      strides: of the two axes.
+      padding: "SAME", "VALID" or (low, high) of the two axes.
+      **kwargs: passed on; they must not dilate.
 
     Returns:
-        (B, H', W', C_out).
+      (B, H', W', C_out).
 
     Example:
-        >>> x, kernel = jax.numpy.ones((8, 32, 32, 1)), jax.numpy.ones((3, 3, 1, 1))
-        >>> numbers = ("NHWC", "HWIO", "NHWC")
-        >>> float(conv(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)[0, 1, 1, 0])
-        9.0
+      >>> x, kernel = jax.numpy.ones((8, 32, 32, 1)), jax.numpy.ones((3, 3, 1, 1))
+      >>> numbers = ("NHWC", "HWIO", "NHWC")
+      >>> float(conv(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)[0, 1, 1, 0])
+      9.0
     """
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)

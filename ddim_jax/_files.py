@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import reprlib
-import tempfile
-from collections.abc import Mapping
-from typing import Any
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file, replacing one of that name; a reader sees the old one or all of the new one.
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write in a `with` block: it replaces `path` where the block ends without an error.
+
+    Until then, and after an error, what was there before stays; a killed process leaves a file
+    "<name>.<hex>.tmp" beside it.
 
     Args:
       path: the file; its folder must exist.
-      content: its bytes.
 
     Example:
       >>> import tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "note"
-      >>> write_whole(path, b"all of it")
+      >>> with whole_file(path) as file:
+      ...     _ = file.write(b"all of it")
       >>> path.read_text()
       'all of it'
     """
     path = pathlib.Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes `content` to a `whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -54,12 +64,13 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each name on which two flat dicts differ.
+    """One line for each name, of `flat`, on which two configurations differ.
 
     Example:
-      >>> differences({"seed": 1}, {"seed": 2, "batch": 8})
-      ['  batch: saved nothing, now 8', '  seed: saved 1, now 2']
+      >>> differences({"train": {"seed": 1}}, {"train": {"seed": 2}, "batch": 8})
+      ['  batch: saved nothing, now 8', '  train.seed: saved 1, now 2']
     """
+    saved, now = flat(saved), flat(now)
 
     def show(values: Mapping[str, Any], name: str) -> str:
         return reprlib.repr(values[name]) if name in values else "nothing"

@@ -11,18 +11,18 @@ import jax
 import tyro
 
 from ddim_jax import data as data_module
-from ddim_jax import parallel, plots
+from ddim_jax import plots
 from ddim_jax._files import write_whole
-from ddim_jax.cli import describe
+from ddim_jax.cli import ProcessOptions, describe
 from ddim_jax.loop import fit
-from ddim_jax.presets import PRESETS, Preset
+from ddim_jax.presets import PRESETS, DataConfig, Preset
 from ddim_jax.pretrained import to_facts
 from ddim_jax.run_folder import read_metrics
 from ddim_jax.unet import abstract_params, build, count_params
 
 
 def add_commands(app: Any) -> None:
-    """Adds train, demo and data to the command's app."""
+    """Adds train, demo, data and evaluate to the command's app."""
     choice = tyro.extras.subcommand_type_from_defaults(
         {name: make() for name, make in PRESETS.items()},
         {name: inspect.getdoc(make) or "" for name, make in PRESETS.items()},
@@ -31,13 +31,11 @@ def add_commands(app: Any) -> None:
 
     def train(
         preset: choice,  # type: ignore[valid-type]
+        processes: ProcessOptions,
         out: pathlib.Path | None = None,
         data_dir: pathlib.Path | None = None,
         resume: Literal["never", "auto", "must"] = "never",
         fallback: bool = False,
-        coordinator: str | None = None,
-        num_processes: int | None = None,
-        process_id: int | None = None,
         dry_run: bool = False,
     ) -> None:
         """Train a preset on all devices; every field of it can be overridden.
@@ -51,13 +49,10 @@ def add_commands(app: Any) -> None:
           resume: "never": `out` must not hold a run. "must": continue from its last checkpoint.
             "auto": continue where there is one, begin where there is none.
           fallback: on resuming, pass over damaged checkpoints (they are moved to damaged/).
-          coordinator: host:port of process 0, for several processes outside Slurm, MPI and TPU.
-          num_processes: how many processes take part.
-          process_id: which one this is, from 0.
           dry_run: print the resolved configuration and the parameter count, and stop.
         """
         if not dry_run:
-            parallel.initialize(coordinator, num_processes, process_id)
+            processes.join()
         _train(preset, out, data_dir, resume, fallback, dry_run)
 
     train.__annotations__["preset"] = Annotated[choice, tyro.conf.arg(name="")]
@@ -166,6 +161,8 @@ def _evaluate(
     images: tyro.conf.Positional[pathlib.Path],
     data: str,
     split: str = "train",
+    crop: tuple[int, int, int, int] | None = None,
+    resize: int | None = None,
     data_dir: pathlib.Path | None = None,
     extractor: str = "pixels",
     reference: pathlib.Path | None = None,
@@ -177,6 +174,8 @@ def _evaluate(
       images: a folder of `ddim-jax generate`.
       data: the data set: "digits", or a prepared TFDS data set.
       split: its split.
+      crop: what is first cut out of each of its images (top, left, height, width), as in training.
+      resize: then bring the shorter side to this, and cut out the centre square.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       extractor: "pixels", "resnet56:FILE" or "inception:FILE"; only the FID weights give a "FID".
       reference: file of the data set's statistics, made if missing; by default beside `images`.
@@ -194,6 +193,6 @@ def _evaluate(
         )
     features = known[kind](path)
     shards = iter_shards(images)
-    dataset = data_module.load(data, split, data_dir)
-    file = reference or images.with_name(f"{data.replace('/', '_')}-{split}-{kind}.npz")
+    dataset = DataConfig(data, split, crop, resize).load(data_dir)
+    file = reference or images.resolve().with_name(f"{data.replace('/', '_')}-{split}-{kind}.npz")
     print(evaluate(shards, reference_statistics(file, dataset, features), features, blocks=blocks))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ddim_jax import plots
+from ddim_jax._files import write_whole
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import Moments, frechet_distance, moments
 from ddim_jax.images import to_model
@@ -113,9 +114,9 @@ def run(
         ),
     }
     for name, (png, _) in pictures.items():
-        (out / name).write_bytes(png)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    page.write_text(_page(scores, floor, few, results, pictures))
+        write_whole(out / name, png)
+    write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_whole(page, _page(scores, floor, few, results, pictures).encode())  # last: it is finished
     return page
 
 
@@ -177,7 +178,9 @@ def _trajectory(model: Model) -> bytes:
     tau = timesteps(model.schedule.num_steps, 50)
     x_T = initial_noise(jax.random.key(0), 4, model.image_shape)
     at = tau[np.linspace(0, 49, 12).round().astype(int)]
-    path = trajectory(model.denoise, x_T, model.schedule, tau, at=at.tolist())
+    path = trajectory(
+        model.denoise, x_T, model.schedule, tau, at=at.tolist(), prediction=model.prediction
+    )
     return plots.png_bytes(
         plots.trajectory_strip(path.t, np.asarray(path.x_t), np.asarray(path.x_0))
     )

@@ -24,13 +24,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import ddim_jax
-from ddim_jax._files import differences, flat, write_whole
+from ddim_jax._files import differences, write_whole
 from ddim_jax._types import Array
 from ddim_jax.clipping import clip_x0
 from ddim_jax.images import to_uint8
 from ddim_jax.pretrained import Model
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.timesteps import timesteps
+from ddim_jax.schedule import Schedule
+from ddim_jax.timesteps import as_timesteps, timesteps
 
 FORMAT = 1
 SETTINGS = "settings.json"
@@ -41,7 +42,7 @@ def generate(
     model: Model,
     directory: str | os.PathLike[str],
     num_images: int = 50_000,
-    steps: int = 50,
+    steps: int | Sequence[int] | np.ndarray = 50,
     eta: float = 0.0,
     *,
     spacing: str = "linear",
@@ -67,9 +68,10 @@ def generate(
       model: see `load_model`.
       directory: a new or empty folder, or one that an earlier call with the same settings began.
       num_images: ≥ 1. It is one of the settings: a finished folder does not grow.
-      steps: S, the number of network calls per image.
+      steps: S, the number of network calls per image; or τ itself, strictly increasing ints in
+        1..T, such as `timesteps(..., exact=False)` or `optimise_timesteps` give.
       eta: η, 0 is DDIM, 1 is DDPM.
-      spacing: of τ; see `timesteps`.
+      spacing: of the S steps; see `timesteps`.
       use_sigma_hat: the larger noise of DDPM; takes eta = 1.
       clip: clip each x̂_0 to [−1, 1].
       labels: "cycle" gives image k the class k mod `num_classes`; None draws without a class.
@@ -103,7 +105,7 @@ def generate(
             "batch_size must divide shard_size, so that no block is cut, got "
             f"{batch_size} and {shard_size}"
         )
-    tau = timesteps(model.schedule.num_steps, steps, spacing, schedule=model.schedule)
+    tau = _tau(model.schedule, steps, spacing)
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("images",))
     draw = make_draw(model, mesh, tau, eta, use_sigma_hat=use_sigma_hat, clip=clip, labels=labels)
     keys = jax.random.split(jax.random.key(seed))
@@ -116,14 +118,18 @@ def generate(
         "image_shape": list(model.image_shape),
         "seed": seed,
         "eta": float(eta),
-        "spacing": spacing,
-        "steps": steps,
+        "spacing": spacing if np.ndim(steps) == 0 else None,
+        "steps": len(tau),
         "tau": tau.tolist(),
         "use_sigma_hat": use_sigma_hat,
         "clip": clip,
         "labels": labels,
         "sha256": _digest({"params": model.params, "alpha_bar": model.schedule.alpha_bar}),
-        "model": {**model.facts, "model": dataclasses.asdict(model.config)},
+        "model": {
+            **model.facts,
+            "model": dataclasses.asdict(model.config),
+            "prediction": model.prediction,
+        },
         "versions": {"ddim_jax": ddim_jax.__version__, "jax": jax.__version__},
     }
     _claim(directory, settings)
@@ -246,6 +252,14 @@ def make_draw(
     return jax.jit(spread, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
+def _tau(schedule: Schedule, steps: Any, spacing: str) -> np.ndarray:
+    if np.ndim(steps) == 0:
+        return timesteps(schedule.num_steps, steps, spacing, schedule=schedule)
+    if spacing != "linear":
+        raise ValueError(f"give steps=S and a spacing, or steps=tau alone, got {spacing!r} and tau")
+    return as_timesteps(steps, schedule.num_steps)
+
+
 def _batches(
     draw: Callable[[np.ndarray], tuple[Array, Array]], numbers: np.ndarray, width: int
 ) -> Iterator[np.ndarray]:
@@ -318,6 +332,7 @@ def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
         newer = settings["format"] > FORMAT
         if not newer:
             _shards(settings)
+            tuple(settings["image_shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or not of ddim_jax: {error!r}") from error
     if newer:
@@ -329,7 +344,7 @@ def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_same(directory: pathlib.Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    if differ := differences(flat(there), flat(now)):
+    if differ := differences(there, now):
         raise ValueError(
             "\n".join([f"{directory} holds images of other settings; choose another:", *differ])
         )

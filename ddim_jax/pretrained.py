@@ -141,7 +141,7 @@ def load_model(
         built = schedule.build()
         unet.check_params(stored.params, unet.abstract_params(config))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        if str(path) in str(error) or str(path.resolve()) in str(error):
+        if str(error).startswith((str(path), str(path.resolve()))):
             raise
         raise ValueError(f"{path}: {error}") from error
     facts = {**stored.facts, **to_facts(schedule, config, prediction)}

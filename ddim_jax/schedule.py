@@ -156,16 +156,7 @@ def scaled_linear_schedule(
 ) -> Schedule:
     """√β_t linear in t, the schedule of latent diffusion (Rombach et al. 2022).
 
-    Args:
-      num_steps: T ≥ 1.
-      beta_start: β₁ in (0, 1).
-      beta_end: β_T in (0, 1), not below beta_start.
-
-    Returns:
-      A `Schedule`.
-
-    Raises:
-      ValueError: a value is out of range.
+    Arguments and errors as those of `linear_schedule`.
 
     Example:
       >>> import ddim_jax as ddim
@@ -252,8 +243,12 @@ class ScheduleConfig:
         """The `Schedule`; ValueError where the numbers do not make one."""
         if self.kind == "cosine":
             return cosine_schedule(self.num_steps)
-        make = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}[self.kind]
-        return make(self.num_steps, self.beta_start, self.beta_end)
+        makers = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}
+        if self.kind not in makers:
+            raise ValueError(
+                f"unknown schedule kind {self.kind!r}; choose linear, scaled_linear or cosine"
+            )
+        return makers[self.kind](self.num_steps, self.beta_start, self.beta_end)
 
 
 def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:

@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 def timed(experiment: Experiment, steps: int) -> Cell:
     """Seconds of each repeated run of one batch, η = 0."""
     model, number = experiment.model, experiment.num_samples(steps)
-    sampler = ddim.make_sampler(model.apply_fn, model.schedule, experiment.tau(steps))
+    sampler = ddim.make_sampler(
+        model.apply_fn, model.schedule, experiment.tau(steps), prediction=model.prediction
+    )
     x_T = ddim.initial_noise(jax.random.key(experiment.args.seed), number, model.image_shape)
     jax.block_until_ready(sampler(model.params, x_T))
     times = []

@@ -65,7 +65,8 @@ def decode(experiment: Experiment) -> np.ndarray:
     a, b = (jnp.repeat(x_T[i::2], args.points, axis=0) for i in (0, 1))
     weights = jnp.asarray(np.tile(np.linspace(0, 1, args.points), args.paths), x_T.dtype)
     latents = ddim.slerp(a, b, weights)
-    sampler = ddim.make_sampler(model.apply_fn, model.schedule, experiment.tau(args.steps[0]))
+    tau = experiment.tau(args.steps[0])
+    sampler = ddim.make_sampler(model.apply_fn, model.schedule, tau, prediction=model.prediction)
     starts = range(0, len(latents), args.batch_size)
     parts = [sampler(model.params, latents[i : i + args.batch_size]) for i in starts]
     images = np.asarray(to_model(np.asarray(to_uint8(jnp.concatenate(parts)))))

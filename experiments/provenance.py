@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import jaxlib
 import numpy as np
 
 import ddim_jax as ddim
+from ddim_jax._files import write_whole as write
 from ddim_jax.presets import PRESETS, DataConfig
 
 
@@ -48,32 +50,21 @@ def device() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {
+def versions(*more: str) -> dict[str, str]:
+    """Of what the numbers depend on, and of `more` packages where they are installed."""
+    found = {
         "python": platform.python_version(),
         "ddim_jax": ddim.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "numpy": np.__version__,
     }
+    return found | {p: importlib.metadata.version(p) for p in more if importlib.util.find_spec(p)}
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """JSON that appears whole or not at all; NaN is an error."""
     write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def write(path: pathlib.Path, content: bytes) -> None:
-    """A file that appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 def data_config(name: str | None, facts: Mapping[str, Any]) -> DataConfig:

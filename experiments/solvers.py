@@ -102,7 +102,8 @@ class _Bench:
         solver = solvers.get(method) or partial(ddim.multistep_sample, order=int(method[2:]))
 
         def solve(params: Any, x: jax.Array, tau: jax.Array) -> jax.Array:
-            return solver(lambda x, t: self.model.apply_fn(params, x, t), x, self.schedule, tau)
+            return solver(lambda x, t: self.model.apply_fn(params, x, t), x, self.schedule, tau,
+                          prediction=self.model.prediction)  # fmt: skip
 
         return jax.jit(solve)
 
@@ -130,7 +131,10 @@ class _Bench:
         T = self.schedule.num_steps
         estimate = jax.jit(
             lambda p, x: ddim.step_errors(
-                lambda x, t: self.model.apply_fn(p, x, t), x, self.schedule
+                lambda x, t: self.model.apply_fn(p, x, t),
+                x,
+                self.schedule,
+                prediction=self.model.prediction,
             )._replace(t=0)
         )
         some = self.latents("choose")[:64]

@@ -96,8 +96,9 @@ def plain(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
         def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
             return model.apply_fn(params, x, t)
 
-        x_T = ddim.encode(denoise, x, model.schedule, tau, eps_at=eps_at)
-        return ddim.reconstruction_error(x, ddim.sample(denoise, x_T, model.schedule, tau))
+        decoded = ddim.reconstruct(denoise, x, model.schedule, tau, eps_at=eps_at,
+                                   prediction=model.prediction)  # fmt: skip
+        return ddim.reconstruction_error(x, decoded)
 
     jitted = jax.jit(errors, static_argnames="eps_at")
     found = {}
@@ -116,9 +117,10 @@ def exact(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
         def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
             return model.apply_fn(params, x, t)
 
-        inverse = ddim.invert(denoise, x, model.schedule, tau,
+        inverse = ddim.invert(denoise, x, model.schedule, tau, prediction=model.prediction,
                               max_iterations=experiment.args.max_iterations)  # fmt: skip
-        decoded = ddim.sample(denoise, inverse.x_T, model.schedule, tau)
+        decoded = ddim.sample(denoise, inverse.x_T, model.schedule, tau,
+                              prediction=model.prediction)  # fmt: skip
         return inverse, ddim.reconstruction_error(x, decoded)
 
     with warnings.catch_warnings():

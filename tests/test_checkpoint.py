@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ddim_jax import checkpoint
+from ddim_jax._digest import digests
 from ddim_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -24,6 +25,7 @@ from ddim_jax.checkpoint import (
     restore_part,
     saved_steps,
 )
+from tests.tiny import assert_same
 
 CONFIG = {"model": {"channels": 32, "multipliers": [1, 2]}, "train": {"learning_rate": 2e-4}}
 
@@ -45,13 +47,6 @@ def make_state(step=0, width=4):
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
     opt_state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), opt_state)
     return State(jnp.int32(step), params, jax.tree.map(lambda x: x * 2, params), opt_state)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        np.testing.assert_array_equal(x, y)
 
 
 def write(directory, steps=(5,), keep=10):
@@ -254,30 +249,30 @@ def test_a_foreign_or_newer_checkpoint(tmp_path):
 
 def test_every_changed_bit_changes_the_digest():
     state = make_state()
-    before = checkpoint._digests(state._asdict())
+    before = digests(state._asdict())
     kernel = np.asarray(state.params["conv"]["kernel"])
     rng = np.random.default_rng(0)
     for _ in range(40):
         bits = kernel.copy().view(np.uint32)
         bits.flat[rng.integers(bits.size)] ^= np.uint32(1) << np.uint32(rng.integers(32))
         params = {**state.params, "conv": {"kernel": jnp.asarray(bits.view(np.float32))}}
-        after = checkpoint._digests(state._replace(params=params)._asdict())
+        after = digests(state._replace(params=params)._asdict())
         assert after["params"] != before["params"]
         assert after["ema"] == before["ema"]
     swapped = kernel.copy()
     swapped[..., [0, 1]] = swapped[..., [1, 0]]
     params = {**state.params, "conv": {"kernel": jnp.asarray(swapped)}}
-    assert checkpoint._digests({"params": params})["params"] != before["params"]
+    assert digests({"params": params})["params"] != before["params"]
 
 
 def test_a_digest_does_not_depend_on_the_devices():
     tree = {"w": jnp.arange(64.0).reshape(8, 8), "half": jnp.ones((4, 2), jnp.bfloat16)}
-    plain = checkpoint._digests({"params": tree})
+    plain = digests({"params": tree})
     for shape in ((8, 1), (2, 4), (1, 8)):
         mesh = jax.make_mesh(shape, ("a", "b"))
         for spec in (PartitionSpec("a", "b"), PartitionSpec("b"), PartitionSpec(None, "a")):
             w = jax.device_put(tree["w"], NamedSharding(mesh, spec))
-            assert checkpoint._digests({"params": {**tree, "w": w}}) == plain
+            assert digests({"params": {**tree, "w": w}}) == plain
 
 
 FULL_DISK = """

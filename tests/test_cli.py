@@ -1,14 +1,22 @@
 import json
 import re
+import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import ddim_jax as ddim
-from ddim_jax import cli
+from ddim_jax import cli, unet
+from ddim_jax.generate import iter_shards
+from ddim_jax.images import grid, to_uint8
 from ddim_jax.presets import PRESETS
+from ddim_jax.pretrained import to_facts
+from ddim_jax.state_dict import to_state_dict
 from ddim_jax.unet import abstract_params, count_params
+from ddim_jax.weights import write_safetensors
+from tests import torch_writer
 
 
 @pytest.fixture
@@ -26,7 +34,9 @@ def command(monkeypatch, tmp_path, capsys):
     return run
 
 
-SMALL = "--model.multipliers 1 --model.attention-resolutions --train.batch-size 8"
+SMALL = (
+    "--model.channels 32 --model.multipliers 1 --model.attention-resolutions --train.batch-size 8"
+)
 SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.no-cosine-decay"
 
 
@@ -71,7 +81,10 @@ def test_sample_the_shipped_model(command, tmp_path):
     with Image.open(path) as image:
         facts = json.loads(image.text["ddim_jax"])
         pixels = np.asarray(image)
-    assert facts == {"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear", "seed": 0}
+    assert facts == {
+        **{"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear"},
+        **{"sigma_hat": False, "clip": False, "seed": 0},
+    }
     with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
         command("sample digits --num-images 5 --steps 4 --eta 0.5")
     command("sample digits --num-images 5 --steps 4 --eta 0.5 --batch-size 5 --overwrite")
@@ -122,6 +135,9 @@ def test_presets_say_command_hardware_and_score():
         ("train digits --model.image-size 16 --out r", "the network takes"),
         ("train digits --data.split test --out r", "one split, 'train'"),
         ("info .", "not a run"),
+        ("train digits --num-processes 2 --out r", "process_id go together"),
+        ("generate digits --process-id 0 --out r", "process_id go together"),
+        ("info digits --verify", "--verify is for .* a run folder"),
     ],
 )
 def test_errors_are_messages(command, line, says):
@@ -152,6 +168,12 @@ def test_foreign_weights_are_refused(command, tmp_path):
     (tmp_path / "foreign.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(SystemExit, match="not an intact safetensors file"):
         command("sample foreign.safetensors")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "config.json").write_text('{"freq_shift": 0}')
+    weights = tmp_path / "e" / "diffusion_pytorch_model.safetensors"
+    write_safetensors(weights, {"w": np.zeros(1)}, {})
+    with pytest.raises(SystemExit, match="error: e: freq_shift is 0"):
+        command("sample e")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit, match="is empty, no checkpoint"):
         command("sample empty")
@@ -186,7 +208,7 @@ def test_a_signal_ends_the_command_with_its_own_code(command, tmp_path, monkeypa
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
 
 
-def test_generate_many_images(command, tmp_path):
+def test_generate_many_images(command, tmp_path, monkeypatch):
     line = "generate digits --out many --num-images 12 --steps 2 --batch-size 2 --shard-size 4"
     assert "12 images" in command(line)
     names = {p.name for p in (tmp_path / "many").iterdir()}
@@ -196,9 +218,27 @@ def test_generate_many_images(command, tmp_path):
         command(line + " --eta 0.5")
     said = command("evaluate many --data digits --blocks 0")
     assert re.match(r"FD-pixels [0-9.]+, KD-pixels .*, precision-pixels .*\(12 samples\)", said)
-    assert (tmp_path / "digits-train-pixels.npz").exists()
+    reference = tmp_path / "digits-train-pixels.npz"
+    assert reference.exists()
     with pytest.raises(SystemExit, match="pixels, resnet56:FILE or inception:FILE, got fid"):
         command("evaluate many --data digits --extractor fid")
+    with pytest.raises(SystemExit, match=r"samples must be \(4, 4, 1\) each"):
+        command("evaluate many --data digits --resize 4 --reference small.npz")
+    monkeypatch.chdir(tmp_path / "many")
+    assert command(f"evaluate . --data digits --blocks 0 --reference {reference}") == said
+
+
+def test_without_the_training_extras(command, tmp_path, monkeypatch, capsys):
+    for name in ("ddim_jax.cli_train", "ddim_jax.checkpoint"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is a ModuleNotFoundError
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for line in ("train digits", "evaluate many --data digits", "sample run"):
+        with pytest.raises(SystemExit, match=r"need: pip install 'ddim_jax\[train\]'"):
+            command(line)
+    with pytest.raises(SystemExit) as stop:
+        command("--help")
+    assert stop.value.code == 0
+    assert "export" in capsys.readouterr().out
 
 
 def test_data_commands(command):
@@ -207,3 +247,62 @@ def test_data_commands(command):
         command("data prepare cifar10")
     with pytest.raises(SystemExit, match="say which data set to prepare"):
         command("data prepare")
+
+
+def tiny(prediction):
+    """A network of random weights."""
+    config = unet.UNetConfig(8, 1, 32, (1,), num_blocks=1, attention_resolutions=(), dropout=0.0)
+    apply_fn, params = unet.build(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
+    schedule = ddim.ScheduleConfig("cosine")
+    facts = to_facts(schedule, config, prediction)
+    return ddim.Model(apply_fn, params, schedule.build(), config, facts, prediction)
+
+
+def drawn_by(model, count):
+    """What the commands are to draw, seed 0, S = 3, η = 0."""
+    sampler = ddim.make_sampler(
+        model.apply_fn, model.schedule, [333, 666, 1000], prediction=model.prediction
+    )
+    key = jax.random.split(jax.random.key(0))[0]
+    return sampler(model.params, ddim.initial_noise(key, count, (8, 8, 1)))
+
+
+def differ_by_rounding(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "v"])
+def test_every_command_knows_what_the_network_predicts(command, tmp_path, prediction):
+    model = tiny(prediction)
+    ddim.save_model("m.safetensors", model)
+    command("export m.safetensors folder --diffusers")
+    command("export folder again.safetensors")
+    expected = drawn_by(model, 12)
+    for name in ("m.safetensors", "folder", "again.safetensors"):
+        assert f"\nprediction: {prediction}\n" in command(f"info {name}")
+    for name in ("folder", "again.safetensors"):
+        command(f"sample {name} --num-images 4 --batch-size 12 --steps 3 --out d.png --overwrite")
+        with Image.open("d.png") as image:
+            assert differ_by_rounding(image, grid(expected[:4], scale=8))
+    command("generate again.safetensors --out many --num-images 12 --steps 3")
+    assert differ_by_rounding(next(iter_shards("many")), to_uint8(expected))
+    settings = json.loads((tmp_path / "many" / "settings.json").read_text())
+    assert settings["model"]["prediction"] == prediction
+    assert "(12 samples)" in command("evaluate many --data digits --blocks 0")
+
+
+def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
+    model = tiny("v")
+    (tmp_path / "m.ckpt").write_bytes(torch_writer.saved(to_state_dict(model.params)))
+    with pytest.raises(SystemExit, match="neither the image size nor the noise schedule"):
+        command("info m.ckpt")
+    given = "m.ckpt --image-size 8 --schedule cosine --prediction v"
+    assert "kind: cosine" in command(f"info {given}")
+    command(f"sample {given} --num-images 12 --batch-size 12 --steps 3 --out drawn.png")
+    with Image.open("drawn.png") as image:
+        assert differ_by_rounding(image, grid(drawn_by(model, 12), scale=8))
+    command(f"generate {given} --out many --num-images 2 --steps 3")
+    command(f"export {given} m.safetensors")
+    assert ddim.load_model("m.safetensors").prediction == "v"

@@ -18,15 +18,8 @@ from ddim_jax.schedule import ScheduleConfig
 from ddim_jax.state_dict import to_state_dict
 from ddim_jax.weights import write_safetensors
 from tests import pseudo_weights, torch_writer
+from tests.tiny import UNET as TINY
 
-TINY = unet.UNetConfig(
-    image_size=8,
-    channels=32,
-    multipliers=(1, 2),
-    num_blocks=1,
-    attention_resolutions=(4,),
-    dropout=0.0,
-)
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "epsilon"}
 # config.json of google/ddpm-cifar10-32 and what google/ddpm-celebahq-256 has in its place.
 CIFAR10 = json.loads("""{

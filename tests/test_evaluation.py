@@ -304,9 +304,9 @@ def test_resumed_moments_are_the_same_to_the_last_bit(tmp_path):
     assert called == [0, 1, 2, 2, 3]
     np.testing.assert_array_equal(again.scatter, whole.scatter)
 
-    with pytest.raises(ValueError, match="seed: the file has 0, wanted 1"):
+    with pytest.raises(ValueError, match="seed: saved 0, now 1"):
         resumable_moments(range(4), features, tmp_path / "cut.npz", {"seed": 1})
-    with pytest.raises(ValueError, match="shards: the file has 4, wanted 5"):
+    with pytest.raises(ValueError, match="shards: saved 4, now 5"):
         resumable_moments(range(5), features, tmp_path / "cut.npz", {"seed": 0})
     with pytest.raises(ValueError, match="no shards"):
         resumable_moments([], features, tmp_path / "none.npz")

@@ -200,6 +200,44 @@ def test_solvers_choose_and_judge(results):
     assert all(c["fine_samples"] == 4 and c["num_samples"] == 12 for c in cells.values())
 
 
+def as_v(model):
+    """The same network, saying v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 in place of ε."""
+
+    def apply_fn(params, x, t):
+        eps = model.apply_fn(params, x, t)
+        a = jnp.exp(jnp.asarray(model.schedule.log_alpha_bar))[t][:, None, None, None]
+        x_0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
+        return jnp.sqrt(a) * eps - jnp.sqrt(1 - a) * x_0
+
+    return model._replace(apply_fn=apply_fn, prediction="v")
+
+
+def test_a_network_of_v_gives_the_same_figures(results, tmp_path, monkeypatch):
+    model = as_v(ddim.load_model("digits"))
+    monkeypatch.setattr(ddim, "load_model", lambda *args, **kwargs: model)
+    ours, other = ({}, {})
+    for name in ("table2", "fig6"):
+        by_v = MAINS[name]([*TINY[name].split(), "--out", str(tmp_path / name)])
+        for found, result in ((ours, by_v), (other, results[1][name])):
+            cells = result["cells"]
+            found |= cells if name == "fig6" else cells[1]
+    for key in ("error", "source_error", "rms_step", "rms_end_to_end"):
+        assert ours[key] == pytest.approx(other[key], rel=1e-2)
+
+
+def test_solvers_take_a_network_of_v(tmp_path):
+    args = common.parse("solvers", "", ["--batch-size", "4"], solvers.SMALL, **solvers.HELP)
+    found = []
+    for model in (ddim.load_model("digits"), as_v(ddim.load_model("digits"))):
+        experiment = common.Experiment("solvers", args)
+        experiment.model = model
+        bench = solvers._Bench(experiment)
+        tau = np.array([200, 500, 1000])
+        found.append([bench.solve(m, bench.latents("judge", 4), tau) for m in ("eq15", "ab2")])
+    np.testing.assert_allclose(found[0], found[1], atol=2e-3)
+    assert np.std(found[0][0] - found[0][1]) > 1e-2
+
+
 def test_results_say_where_they_come_from(results):
     folder, found = results
     for name, result in found.items():

@@ -133,6 +133,41 @@ def test_the_batch_size_changes_rounding_alone(digits, draw):
     assert np.mean(a != b) < 1e-3
 
 
+def test_tau_itself_may_be_given(draw):
+    tau = ddim.timesteps(
+        20, 12, "quad", exact=False
+    )  # of the authors: 12 steps, 10 of them distinct
+    assert len(tau) == 10
+    model = toy()
+    plain = ddim.sample(lambda x, t: linear(model.params, x, t), x_T(21), model.schedule, tau)
+    folder = draw(steps=tau)
+    np.testing.assert_array_equal(images(folder), ddim.images.to_uint8(plain))
+    settings = json.loads((folder / "settings.json").read_text())
+    assert [settings[k] for k in ("tau", "steps", "spacing")] == [tau.tolist(), 10, None]
+    assert draw(steps=tau.tolist()) == folder
+    with pytest.raises(ValueError, match=r"\n  spacing: .*\n  steps: .*\n  tau: saved \[1, 2"):
+        draw(steps=9)
+    with pytest.raises(ValueError, match=r"settings; choose another:\n  tau: saved \[1, 2"):
+        draw(steps=[1, 2, 3, 4, 5, 6, 7, 8, 9, 11])
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "v"])
+def test_networks_that_predict_x_0_or_v(draw, prediction):
+    """The network that stands for the same ε draws the same images."""
+    model = toy()
+
+    def other(params, x, t):
+        c = ddim.coefficients(model.schedule, t, t * 0)
+        x_0, eps = ddim.to_x0_eps(c, x, linear(params, x, t))
+        return ddim.from_x0_eps(c, x_0, eps, prediction)
+
+    expected = images(draw("eps")).astype(int)
+    folder = draw(model=toy(other)._replace(prediction=prediction))
+    assert np.abs(images(folder) - expected).max() <= 1
+    with pytest.raises(ValueError, match=f"model.prediction: saved '{prediction}', now 'eps'"):
+        draw(model=toy(other))
+
+
 def test_classes_cycle(draw):
     folder = draw(model=toy(num_classes=3), labels="cycle")
     labels = np.arange(21) % 3
@@ -432,6 +467,7 @@ def test_foreign_folders_are_refused(draw, tmp_path):
         ("{", ValueError, "is damaged"),
         ("[]", ValueError, "is damaged"),
         ('{"format": 1}', ValueError, "is damaged.*num_images"),
+        ('{"format": 1, "num_images": 1, "shard_size": 1}', ValueError, "is damaged.*image_shape"),
         ('{"format": 99}', ValueError, "format 99, this version reads up to 1"),
     ],
 )
@@ -454,6 +490,12 @@ def test_unreadable_settings(draw, tmp_path, text, error, says):
         ({"labels": "cycle"}, "'cycle' for a model of classes"),
         ({"labels": "random", "model": toy(num_classes=3)}, "got 'random'"),
         ({"steps": 21}, "S = 21 and T = 20"),
+        ({"steps": [1, 5, 21]}, "tau must lie in 1..T = 1..20, got 1..21"),
+        ({"steps": [0, 5, 20]}, "tau must lie in 1..T = 1..20, got 0..20"),
+        ({"steps": [5, 5, 20]}, "tau must increase strictly, got 5 then 5"),
+        ({"steps": [20, 1]}, "tau must increase strictly"),
+        ({"steps": []}, "non-empty"),
+        ({"steps": [1, 20], "spacing": "quad"}, "steps=tau alone, got 'quad' and tau"),
         ({"eta": -1.0}, "eta"),
         ({"spacing": "cubic"}, "unknown spacing"),
     ],

@@ -1,17 +1,15 @@
 """A run killed again and again at random moments is the unbroken run, and loses no checkpoint."""
 
 import json
-import os
 import pathlib
 import random
-import subprocess
-import sys
 import time
 
-import numpy as np
 import pytest
 
 from ddim_jax.checkpoint import restore_part, saved_steps
+from tests.tiny import assert_same
+from tests.worker import finish, start
 
 TRAIN = {
     "batch_size": 8,
@@ -22,21 +20,6 @@ TRAIN = {
     "sample_every": 0,
 }
 STATE = ("params", "ema", "opt_state", "step")
-
-
-def start(directory, num_steps):
-    options = {
-        "cache": os.path.abspath(".cache/jax"),
-        "train": {**TRAIN, "num_steps": num_steps},
-        "directory": str(directory),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.worker", json.dumps(options)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def half_written(folder):
@@ -63,36 +46,25 @@ def kill_in_the_middle(process, folder, known, rng):
 
 
 def check(tmp_path, kills, num_steps):
-    unbroken = tmp_path / "unbroken"
-    process = start(unbroken, num_steps)
-    assert process.communicate(timeout=300)[1] is not None
-    assert process.returncode == 0
-    broken, rng = tmp_path / "broken", random.Random(0)
-    folder = broken / "checkpoints"
-    seen, done, torn = set(), 0, 0
-    while done < kills:
-        process = start(broken, num_steps)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    train = {**TRAIN, "num_steps": num_steps}
+    codes, errors = finish([start(unbroken, train)])
+    assert codes == [0], errors
+    rng, folder = random.Random(0), broken / "checkpoints"
+    seen, torn = set(), 0
+    for _ in range(kills):
+        process = start(broken, train)
         torn += kill_in_the_middle(process, folder, len(seen), rng)
         assert process.returncode == -9, process.stderr and process.stderr.read()
-        done += 1
         assert seen <= set(saved_steps(folder)), "a checkpoint was lost"
         seen = set(saved_steps(folder))
-    process = start(broken, num_steps)
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, errors
+    codes, errors = finish([start(broken, train)])
+    assert codes == [0], errors
     assert saved_steps(folder) == saved_steps(unbroken / "checkpoints")
     for part in STATE:
-        a, b = (restore_part(run / "checkpoints", part) for run in (unbroken, broken))
-        for x, y in zip(*(map(np.asarray, _leaves(tree)) for tree in (a, b))):
-            np.testing.assert_array_equal(x, y)
+        assert_same(*(restore_part(run / "checkpoints", part) for run in (unbroken, broken)))
     assert metrics(broken) == metrics(unbroken)
     return torn
-
-
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 def metrics(directory):

@@ -19,52 +19,18 @@ from ddim_jax.checkpoint import (
     restore_part,
     saved_steps,
 )
-from ddim_jax.data import Dataset
 from ddim_jax.loop import fit, flops_per_image
 from ddim_jax.run_folder import Preempted, locked, writer
-from ddim_jax.schedule import linear_schedule
 from ddim_jax.summary import summarise
 from ddim_jax.training import TrainConfig
-
-SCHEDULE = linear_schedule(10, 0.01, 0.3)
-
-
-def affine(params, x, t, dropout_key=None, labels=None):
-    """The smallest network with weights; ten per cent dropout when it gets a key."""
-    out = params["w"] * x + params["b"]
-    if dropout_key is not None:
-        out = out * jax.random.bernoulli(dropout_key, 0.9, x.shape).astype(x.dtype)
-    return out
-
-
-def affine_params():
-    return {"w": jnp.float32(0.5), "b": jnp.float32(-0.25)}
-
-
-def make_config(**changes):
-    small = {"batch_size": 8, "num_steps": 12, "log_every": 2, "checkpoint_every": 4}
-    return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
-
-
-def make_batch(size, seed=0, shape=(4, 4, 1)):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (size, *shape), np.uint8)
-    return {"image": images, "label": rng.integers(0, 10, size, np.int32)}
-
-
-def make_dataset(size=40):
-    arrays = make_batch(size)
-
-    def read(indices):
-        return arrays["image"][indices], arrays["label"][indices]
-
-    return Dataset("noise", "train", size, (4, 4, 1), 10, {"name": "noise"}, read)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        np.testing.assert_array_equal(x, y)
+from tests.tiny import (
+    SCHEDULE,
+    affine,
+    affine_params,
+    assert_same,
+    make_config,
+    make_dataset,
+)
 
 
 def train(directory, config=None, **options):
@@ -78,6 +44,13 @@ def train(directory, config=None, **options):
 def logged(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The final state and the log of a run of `make_config()`."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    return train(directory), logged(directory)
 
 
 def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):
@@ -107,9 +80,7 @@ def test_logged_values_are_means_over_the_interval(tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", [2, 6, 10])
-def test_a_resumed_run_is_the_unbroken_run(tmp_path, killed_at):
-    unbroken = train(tmp_path / "unbroken")
-
+def test_a_resumed_run_is_the_unbroken_run(tmp_path, unbroken, killed_at):
     def kill(state, line):
         if line["step"] == killed_at:
             raise KeyboardInterrupt
@@ -120,8 +91,8 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, killed_at):
     saved = saved_steps(tmp_path / "broken" / "checkpoints")
     assert saved[-1:] == ([killed_at - 2] if killed_at > 2 else [])  # 2: before the first
     resumed = train(tmp_path / "broken", resume="auto")
-    assert_same(resumed, unbroken)
-    assert logged(tmp_path / "broken") == logged(tmp_path / "unbroken")
+    assert_same(resumed, unbroken[0])
+    assert logged(tmp_path / "broken") == unbroken[1]
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
@@ -279,8 +250,7 @@ def garble(path):
     largest.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path):
-    unbroken = train(tmp_path / "whole")
+def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path, unbroken):
     train(tmp_path / "hurt", make_config(num_steps=8))
     folder = tmp_path / "hurt" / "checkpoints"
     garble(folder / "8" / "state")
@@ -289,8 +259,8 @@ def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path):
     assert saved_steps(folder) == [4, 8]
     said = []
     state = train(tmp_path / "hurt", resume="auto", fallback=True, say=said.append)
-    assert_same(state, unbroken)
-    assert logged(tmp_path / "hurt") == logged(tmp_path / "whole")
+    assert_same(state, unbroken[0])
+    assert logged(tmp_path / "hurt") == unbroken[1]
     assert "going on from step 4, the newest intact checkpoint" in said[-1]
     assert (tmp_path / "hurt" / "damaged" / "8" / "state").is_dir()
     garble(folder / "8" / "state")

@@ -1,16 +1,14 @@
 """Sharded training is the same training: on 1, 2, 4, 8 devices, with FSDP, in two processes."""
 
+import dataclasses
+import functools
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +19,8 @@ from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.schedule import linear_schedule
 from ddim_jax.training import TrainConfig, init_state, make_train_step
 from ddim_jax.unet import UNetConfig, build
+from tests import worker
+from tests.worker import finish, start
 
 SCHEDULE = linear_schedule(1000)
 MODEL = UNetConfig(
@@ -39,16 +39,26 @@ def make_mesh(data, fsdp=1):
     return parallel.make_mesh(fsdp, jax.devices()[: data * fsdp])
 
 
-def make_state(mesh, config=TRAIN):
-    params = build(MODEL, jax.random.key(0))[1]
+@functools.cache
+def network():
+    apply_fn, params = build(MODEL, jax.random.key(0))
     # Not all zeros at the output, so that every parameter has a gradient from the first step.
-    params = jax.tree.map(lambda p: p + 0.01 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-    state = init_state(params, config)
+    wave = jax.tree.map(lambda p: np.cos(np.arange(p.size, dtype="f4")).reshape(p.shape), params)
+    return apply_fn, jax.tree.map(lambda p, w: p + 0.01 * w, params, wave)
+
+
+@functools.cache
+def make_step(mesh, config):
+    return make_train_step(network()[0], SCHEDULE, config, 10, mesh)
+
+
+def make_state(mesh, config=TRAIN):
+    state = init_state(network()[1], config)
     return jax.device_put(state, parallel.state_sharding(mesh, state))
 
 
 def run(mesh, config=TRAIN, steps=20, state=None, first=0):
-    step = make_train_step(build(MODEL, jax.random.key(0))[0], SCHEDULE, config, 10, mesh)
+    step = make_step(mesh, config)
     state = make_state(mesh, config) if state is None else state
     iterator = batches(load("digits"), config.batch_size, 0, start=first)
     losses = []
@@ -68,14 +78,16 @@ def test_losses_do_not_depend_on_the_devices(alone, data, fsdp):
     np.testing.assert_allclose(run(make_mesh(data, fsdp))[1], alone, rtol=1e-5)
 
 
-def test_accumulated_parts_are_the_whole_batch(alone):
-    model_without_dropout = {"dropout": 0.0}
-    apply_fn, _ = build(UNetConfig(**{**vars(MODEL), **model_without_dropout}), jax.random.key(0))
+def test_accumulated_parts_are_the_whole_batch():
+    def without_dropout(params, x, t, key):
+        return worker.network(params, x, t)
 
     def losses(mesh, accumulate):
-        config = TrainConfig(**{**vars(TRAIN), "accumulate": accumulate})
-        step = make_train_step(apply_fn, SCHEDULE, config, 10, mesh)
-        state, iterator, values = make_state(mesh, config), batches(load("digits"), 16, 0), []
+        config = dataclasses.replace(TRAIN, accumulate=accumulate)
+        step = make_train_step(without_dropout, SCHEDULE, config, mesh=mesh)
+        state = init_state(worker.network_params(), config)
+        state = jax.device_put(state, parallel.state_sharding(mesh, state))
+        iterator, values = batches(load("digits"), 16, 0), []
         for _ in range(6):
             state, metrics = step(state, parallel.put_batch(mesh, next(iterator)))
             values.append(float(metrics["loss"]))
@@ -114,7 +126,7 @@ def collectives(compiled):
 
 def test_the_step_talks_as_expected_and_the_sampler_not_at_all():
     def compiled(mesh):
-        step = make_train_step(build(MODEL, jax.random.key(0))[0], SCHEDULE, TRAIN, 10, mesh)
+        step = make_step(mesh, TRAIN)
         batch = parallel.put_batch(mesh, next(batches(load("digits"), 16, 0)))
         return step.lower(make_state(mesh), batch).compile()
 
@@ -125,7 +137,7 @@ def test_the_step_talks_as_expected_and_the_sampler_not_at_all():
     assert "all-to-all" not in with_fsdp
 
     mesh = make_mesh(8)
-    apply_fn, params = build(MODEL, jax.random.key(0))
+    apply_fn, params = network()
     sampler = make_sampler(apply_fn, SCHEDULE, [1, 500, 1000])
     params = jax.device_put(params, parallel.replicated(mesh))
     x_T = jax.device_put(
@@ -168,21 +180,6 @@ def test_arguments():
 # Two processes of two devices each, on this machine.
 
 
-def start(options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.worker", json.dumps(options)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(processes, seconds=240):
-    outcomes = [process.communicate(timeout=seconds)[1] for process in processes]
-    return [process.returncode for process in processes], outcomes
-
-
 def losses_of(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return np.array([[line["step"], line["loss"], line["grad_norm"]] for line in lines])
@@ -191,17 +188,16 @@ def losses_of(directory):
 def test_two_processes_are_one_run_stopped_and_resumed(tmp_path):
     train = {"batch_size": 16, "num_steps": 20, "log_every": 1, "checkpoint_every": 5,
              "warmup_steps": 5, "sample_every": 0}  # fmt: skip
-    cache = os.path.abspath(".cache/jax")
-    plain = {"cache": cache, "train": train, "directory": str(tmp_path / "one")}
-    assert finish([start(plain)])[0] == [0]
+    worker.train(tmp_path / "one", train)  # in this process, on its eight devices
 
     def pair(fsdp):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        options = {**plain, "directory": str(tmp_path / "two"), "devices": 2}
-        options["train"] = {**train, "fsdp": fsdp}
-        return [start({**options, "processes": [address, 2, p]}) for p in (0, 1)]
+        return [
+            start(tmp_path / "two", {**train, "fsdp": fsdp}, devices=2, processes=[address, 2, p])
+            for p in (0, 1)
+        ]
 
     first = pair(fsdp=2)
     while not saved_steps(tmp_path / "two" / "checkpoints"):

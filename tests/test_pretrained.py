@@ -23,15 +23,9 @@ from ddim_jax.schedule import ScheduleConfig
 from ddim_jax.state_dict import from_state_dict, infer_config, to_state_dict
 from ddim_jax.weights import HEADER_KEY, save_weights
 from tests import pseudo_weights, torch_writer
+from tests.tiny import UNET as TINY
+from tests.tiny import assert_same
 
-TINY = unet.UNetConfig(
-    image_size=8,
-    channels=32,
-    multipliers=(1, 2),
-    num_blocks=1,
-    attention_resolutions=(4,),
-    dropout=0.0,
-)
 PARAMS = unet.abstract_params(TINY)
 FACTS = to_facts(ScheduleConfig(), TINY)
 
@@ -50,12 +44,6 @@ def training_list(model=STATE, ema=EMA):
     parallel = {f"module.{name}": array for name, array in model.items()}
     optimiser = {"state": {0: {"step": 7, "exp_avg": np.zeros(3)}}, "param_groups": [{"lr": 2e-4}]}
     return [parallel, optimiser, 12, 7000, ema]
-
-
-def assert_same(params, want):
-    assert jax.tree.structure(params) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(want)):
-        np.testing.assert_array_equal(a, b)
 
 
 def write(path, value, **options):

@@ -121,7 +121,7 @@ def weights():
 
 
 @pytest.fixture(scope="module")
-def test_split():
+def cifar10_test():
     if not os.environ.get("DDIM_JAX_DATA"):
         pytest.skip("no CIFAR-10: set DDIM_JAX_DATA")
     from ddim_jax import data
@@ -145,16 +145,16 @@ REAL = [
 ]
 
 
-def test_the_published_weights_on_500_images(weights, test_split):
-    pooled, right = score(weights, test_split.take(np.arange(500)), 250)
+def test_the_published_weights_on_500_images(weights, cifar10_test):
+    pooled, right = score(weights, cifar10_test.take(np.arange(500)), 250)
     close(pooled[:3, AT], REAL, 1e-4)
     assert right.sum() == 464
     assert np.flatnonzero(~right)[:8].tolist() == [5, 25, 41, 77, 96, 103, 106, 135]
 
 
 @pytest.mark.slow
-def test_the_published_weights_score_what_they_should(weights, test_split):
-    _, right = score(weights, test_split.arrays(), 250)
+def test_the_published_weights_score_what_they_should(weights, cifar10_test):
+    _, right = score(weights, cifar10_test.arrays(), 250)
     assert 100 * right.mean() == pytest.approx(93.39, abs=0.02)
 
 

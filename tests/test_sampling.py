@@ -269,12 +269,11 @@ def test_eta_zero_ignores_the_key():
     np.testing.assert_array_equal(*by_key)
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=12, unique=True), st.data())
+@given(st.sampled_from([1, 4, 12]), st.sampled_from([1, 3, 6]), st.data())
 @settings(max_examples=6)
-def test_batch_split_invariance(tau, data):
+def test_batch_split_invariance(steps, cut, data):
     """Image k does not depend on the batch it was drawn in, η > 0 included."""
-    tau = sorted(tau)
-    cut = data.draw(st.integers(1, 6))
+    tau = sorted(data.draw(st.sets(st.integers(1, 1000), min_size=steps, max_size=steps)))
     key = jax.random.key(data.draw(st.integers(0, 99)))
     x_T = ddim.initial_noise(key, 7, (3, 2))
     run = partial(ddim.sample, exact, schedule=SCHEDULE, tau=tau, eta=0.8, key=key)
@@ -294,7 +293,6 @@ def test_initial_noise_is_per_image(indices):
     np.testing.assert_array_equal(drawn[indices.index(5)], alone)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (simulated) devices")
 def test_device_count_invariance():
     """One device or eight: the same noise bit for bit, the same images, and no collective."""
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))

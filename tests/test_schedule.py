@@ -88,6 +88,7 @@ def test_is_a_pytree():
         (lambda: ddim.schedule_from_alpha_bar([1.0, float("nan")]), r"alpha_bar\[1\] = nan"),
         (lambda: ddim.schedule_from_alpha_bar([1.0]), "T >= 1"),
         (lambda: ddim.cosine_schedule(10, max_beta=1.5), "max_beta"),
+        (lambda: ddim.ScheduleConfig("cubic").build(), "unknown schedule kind 'cubic'; choose lin"),
         (lambda: ddim.rescale_zero_terminal_snr(ddim.linear_schedule(1)), "T >= 2"),
     ],
 )

@@ -9,15 +9,9 @@ import pytest
 
 from ddim_jax.unet import GroupNorm, UNetConfig, abstract_params, build, count_params, upsample
 from ddim_jax.unet import timestep_embedding as embed
+from tests.tiny import UNET
 
-TINY = UNetConfig(
-    image_size=8,
-    channels=32,
-    multipliers=(1, 2),
-    num_blocks=1,
-    attention_resolutions=(4,),
-    dropout=0.3,
-)
+TINY = dataclasses.replace(UNET, dropout=0.3)
 
 
 def perturbed(params, seed=0):

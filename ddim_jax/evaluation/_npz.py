@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from ddim_jax._files import whole_file
 
 FORMAT = 1
 _HEADER = "header"
@@ -42,16 +43,8 @@ def save_npz(
     text = json.dumps({"format": FORMAT, "kind": kind, "facts": header}, allow_nan=False)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name, or pass overwrite=True")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **{_HEADER: np.array(text)}, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.savez(file, allow_pickle=False, **{_HEADER: np.array(text)}, **arrays)
 
 
 def load_npz(
@@ -96,18 +89,3 @@ def read_arrays(path: str | os.PathLike[str], kind: str) -> dict[str, np.ndarray
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
         raise ValueError(f"{path} is not an intact .npz file: it holds more than arrays")
     return arrays
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for each key on which two dicts of facts differ; none if they agree.
-
-    Example:
-      >>> differences({"split": "train", "number": 5}, {"split": "test", "number": 5})
-      ["split: the file has 'train', wanted 'test'"]
-    """
-    keys = sorted(found.keys() | wanted.keys())
-    return [
-        f"{key}: the file has {found.get(key)!r}, wanted {wanted.get(key)!r}"
-        for key in keys
-        if found.get(key) != wanted.get(key)
-    ]

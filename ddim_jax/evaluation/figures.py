@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddim_jax.evaluation._npz import differences
+from ddim_jax._files import differences
 from ddim_jax.evaluation.extractors import Extractor, features
 from ddim_jax.evaluation.frechet import frechet_distance, frechet_jackknife, moments
 from ddim_jax.evaluation.kernel import kernel_distance
@@ -98,11 +98,10 @@ def evaluate(
       >>> print(result)
       FD-pixels 0.07... ± 0.01..., KD-pixels -0.0... ± 0.00..., precision-pixels 0.9..., ...
     """
-    if differ := differences(
-        {key: reference.facts.get(key) for key in extractor_facts(extractor)},
-        extractor_facts(extractor),
-    ):
-        raise ValueError("the reference is of another extractor: " + "; ".join(differ))
+    wanted = extractor_facts(extractor)
+    saved = {name: value for name, value in reference.facts.items() if name in wanted}
+    if differ := differences(saved, wanted):
+        raise ValueError("\n".join(["the reference is of another extractor:", *differ]))
     shape = tuple(reference.facts["image_shape"])
     shards = _of_shape([images] if isinstance(images, np.ndarray) else images, shape)
     x = np.concatenate(list(features(extractor, shards, batch_size)))
@@ -120,7 +119,7 @@ def evaluate(
     some_x, some_y = (z[rng.permutation(len(z))[:number]] for z in (x, y))
     precision, recall = precision_recall(some_y, some_x, neighbours=neighbours)
     facts = {
-        **extractor_facts(extractor),
+        **wanted,
         "reference": reference.facts,
         "jackknife_blocks": blocks,
         "kernel_subsets": kernel.subsets,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddim_jax.evaluation._npz import differences, load_npz, save_npz
+from ddim_jax._files import differences
+from ddim_jax.evaluation._npz import load_npz, save_npz
 
 KIND = "moments"
 Shard = TypeVar("Shard")
@@ -191,7 +192,7 @@ def resumable_moments(
         total, found = load_moments(path)
         done = found.pop("done", 0)
         if differ := differences(found, wanted):
-            raise ValueError(f"{path} belongs to another computation: " + "; ".join(differ))
+            raise ValueError("\n".join([f"{path} belongs to another computation:", *differ]))
     for i in range(done, len(shards)):
         part = moments(features(shards[i]))
         total = part if total is None else total.merge(part)

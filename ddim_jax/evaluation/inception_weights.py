@@ -6,10 +6,10 @@ import functools
 import hashlib
 import os
 import pathlib
-import tempfile
 
 import numpy as np
 
+from ddim_jax._files import whole_file
 from ddim_jax.evaluation._layers import (
     Params,
     State,
@@ -48,25 +48,18 @@ def fetch_inception(directory: str | os.PathLike[str]) -> pathlib.Path:
             raise ValueError(f"{path} has SHA-256 {found}, not {SHA256}: move it away and retry")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=FILE + ".")
+    digest = hashlib.sha256()
     try:
-        digest = hashlib.sha256()
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(URL) as response:
+        with whole_file(path) as file, urllib.request.urlopen(URL) as response:
             while block := response.read(1 << 20):
                 digest.update(block)
                 file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        if digest.hexdigest() != SHA256:
-            raise ValueError(f"{URL} gave SHA-256 {digest.hexdigest()}, wanted {SHA256}")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            if (found := digest.hexdigest()) != SHA256:
+                raise ValueError(f"{URL} gave SHA-256 {found}, wanted {SHA256}")
     except urllib.error.URLError as error:
         raise OSError(
             f"cannot download {URL}: {error.reason}; fetch it by other means and pass its path"
         ) from error
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
     return path
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ddim_jax.evaluation._npz import differences, load_npz, save_npz
+from ddim_jax._files import differences
+from ddim_jax.evaluation._npz import load_npz, save_npz
 from ddim_jax.evaluation.extractors import Extractor, features
 from ddim_jax.evaluation.frechet import Moments, moments, unpack
 
@@ -172,7 +173,6 @@ def _matching(path: pathlib.Path, facts: dict[str, Any]) -> Reference:
     reference = load_reference(path)
     if differ := differences(reference.facts, facts):
         raise ValueError(
-            f"{path} is a reference of something else; choose another path:\n  "
-            + "\n  ".join(differ)
+            "\n".join([f"{path} is a reference of something else; choose another path:", *differ])
         )
     return reference

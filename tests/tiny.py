@@ -1,0 +1,60 @@
+"""The smallest network, data and configuration that train; and a small U-Net's configuration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax.data import Dataset
+from ddim_jax.schedule import linear_schedule
+from ddim_jax.training import TrainConfig
+from ddim_jax.unet import UNetConfig
+
+SCHEDULE = linear_schedule(10, 0.01, 0.3)
+UNET = UNetConfig(
+    image_size=8,
+    channels=32,
+    multipliers=(1, 2),
+    num_blocks=1,
+    attention_resolutions=(4,),
+    dropout=0.0,
+)
+
+
+def affine(params, x, t, dropout_key=None, labels=None):
+    """The smallest network with weights; ten per cent dropout when it gets a key."""
+    out = params["w"] * x + params["b"]
+    if dropout_key is not None:
+        out = out * jax.random.bernoulli(dropout_key, 0.9, x.shape).astype(x.dtype)
+    return out
+
+
+def affine_params():
+    return {"w": jnp.float32(0.5), "b": jnp.float32(-0.25)}
+
+
+def make_config(**changes):
+    small = {"batch_size": 8, "num_steps": 12, "log_every": 2, "checkpoint_every": 4}
+    return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
+
+
+def make_batch(size, seed=0, shape=(4, 4, 1)):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, *shape), np.uint8)
+    return {"image": images, "label": rng.integers(0, 10, size, np.int32)}
+
+
+def make_dataset(size=40):
+    arrays = make_batch(size)
+
+    def read(indices):
+        return arrays["image"][indices], arrays["label"][indices]
+
+    return Dataset("noise", "train", size, (4, 4, 1), 10, {"name": "noise"}, read)
+
+
+def assert_same(a, b):
+    """Two trees of arrays: one structure, the same shapes, types and values."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        np.testing.assert_array_equal(x, y)
