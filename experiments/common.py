@@ -48,6 +48,7 @@ HELP = {
     "steps": "S, the numbers of network calls per image",
     "eta": f"rows: η of Eq. 16, or {SIGMA_HAT} for σ̂",
     "num_samples": "images in each cell; S=N sets one S apart, as in `500 1000=100`",
+    "clip": "clip x̂_0 to [−1, 1] in every row (σ̂'s always is): helps networks trained briefly",
 }
 
 
@@ -90,7 +91,7 @@ def parse(
     for option, default in small.items():
         if default is False:
             flag = "--" + option.replace("_", "-")
-            parser.add_argument(flag, action="store_true", help=extra[option])
+            parser.add_argument(flag, action="store_true", help={**HELP, **extra}[option])
             continue
         parser.add_argument(
             "--" + option.replace("_", "-"),
@@ -259,7 +260,7 @@ class Experiment:
             batch_size=batch,
             shard_size=batch * max(1, 1000 // batch),
             progress=False,
-            **noise(eta),
+            **{"clip": getattr(self.args, "clip", False)} | noise(eta),
         )
 
     def drawn(self, eta: str, steps: int, spacing: str | None = None) -> np.ndarray:
@@ -363,6 +364,13 @@ def row_label(eta: str) -> str:
     """ "η = 0.2", "σ̂"."""
     value = noise(eta)["eta"]
     return "σ̂" if eta == SIGMA_HAT else f"η = {value:g}"
+
+
+def sizes(counts: Mapping[int, int]) -> str:
+    """S → number of images, in words: "300 each", or "300 at S = 10, 8 at S = 1000"."""
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values())):,} each"
+    return ", ".join(f"{n:,} at S = {s}" for s, n in counts.items())
 
 
 def jackknife_blocks(number: int) -> int:

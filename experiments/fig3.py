@@ -11,7 +11,8 @@ from functools import partial
 from experiments import drawing
 from experiments.common import Cell, Experiment, parse, row_label, run
 
-SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1", "hat"], "num_samples": ["36"]}
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1", "hat"], "num_samples": ["36"],
+         "clip": False}  # fmt: skip
 FULL = {"steps": [10, 100]}
 
 

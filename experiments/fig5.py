@@ -16,7 +16,7 @@ from experiments import drawing
 from experiments.common import Cell, Experiment, parse, run
 from experiments.table2 import mean_se
 
-SMALL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["32"], "shown": 10}
+SMALL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["32"], "shown": 10, "clip": False}
 FULL = {"num_samples": ["1000"]}
 
 

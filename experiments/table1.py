@@ -14,9 +14,10 @@ from typing import Any
 
 from ddim_jax.generate import iter_shards
 from experiments import drawing
-from experiments.common import Cell, Experiment, jackknife_blocks, parse, row_label, run
+from experiments.common import Cell, Experiment, jackknife_blocks, parse, row_label, run, sizes
 
-SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_samples": ["300"]}
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_samples": ["300"],
+         "clip": False}  # fmt: skip
 FULL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["50000"]}
 
 
@@ -50,12 +51,12 @@ def table(experiment: Experiment) -> Cell:
         name,
         horizontal={f"real halves, n = {f['num_samples']:,}": f["distance"] for f in floors},
     )
-    sizes = ", ".join(f"{n:,} at S = {s}" for s, n in counts.items())
     caption = (
-        f"{name} of samples ({sizes}) against {len(experiment.dataset):,} images of "
-        f"{experiment.dataset.name}, {experiment.spacing} τ; bars are one standard error "
-        f"(jackknife, {jackknife_blocks(min(counts.values()))} blocks). The distance depends on "
-        "the number of samples: compare columns of equal numbers, with the floor of that number."
+        f"{name} of samples ({sizes(counts)}) against {len(experiment.dataset):,} images of "
+        f"{experiment.dataset.name}, {experiment.spacing} τ{', x̂_0 clipped' * args.clip}; bars are "
+        f"one standard error (jackknife, {jackknife_blocks(min(counts.values()))} blocks). The "
+        "distance depends on the number of samples: compare columns of equal numbers, with the "
+        "floor of that number."
     )
     return experiment.finish(cells, figure, caption, floors=floors, name=name)
 

@@ -20,7 +20,7 @@ import numpy as np
 import ddim_jax as ddim
 from ddim_jax.images import to_model
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run
+from experiments.common import Cell, Experiment, parse, run, sizes
 
 SMALL = {
     "steps": [10, 20, 50, 100, 200, 500, 1000],
@@ -79,10 +79,10 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         "steps S (each way)",
         "mean squared error, pixels in [0, 1]",
     )
-    sizes = ", ".join(f"{experiment.num_samples(s):,} at S = {s}" for s in args.steps)
+    counts = {s: experiment.num_samples(s) for s in args.steps}
     caption = (
-        f"Error per dimension after encoding and decoding {experiment.dataset.name} "
-        f"({experiment.dataset.split}) images ({sizes}; exact inverse: {args.exact_samples:,}), "
+        f"Error per dimension after encoding and decoding images of {experiment.dataset.name} "
+        f"({experiment.dataset.split}; {sizes(counts)}; exact inverse: {args.exact_samples:,}), "
         f"{experiment.spacing} τ; bars are one standard error over images."
     )
     return experiment.finish(cells, figure, caption, exact=inverses)

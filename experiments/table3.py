@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from experiments.common import Cell, Experiment, not_run, parse, run
 from experiments.table1 import table
 
-SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1"], "num_samples": ["300"]}
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1"], "num_samples": ["300"], "clip": False}
 FULL = {"num_samples": ["50000"]}
 
 

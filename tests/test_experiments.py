@@ -13,7 +13,9 @@ import scipy.linalg
 from PIL import Image
 
 import ddim_jax as ddim
+from ddim_jax.clipping import clip_x0
 from ddim_jax.data import load
+from ddim_jax.images import to_uint8
 from experiments import (
     claims,
     common,
@@ -35,7 +37,7 @@ TINY = {
     "table1": "--steps 2 5 --eta 0 1 hat --num-samples 16 5=24 --batch-size 4 --seed 3",
     "table2": "--steps 2 5 --num-samples 6 --exact-steps 5 --exact-samples 4 --max-iterations 40",
     "table3": "",
-    "fig3": "--steps 2 --eta 0 hat --num-samples 4 --batch-size 4",
+    "fig3": "--steps 2 --eta 0 hat --num-samples 4 --batch-size 4 --clip",
     "fig4": "--steps 2 5 8 --num-samples 4 --repeats 2",
     "fig5": "--steps 2 5 --num-samples 8 --shown 3 --batch-size 4",
     "fig6": "--steps 5 --paths 3 --shown 2 --points 5",
@@ -118,6 +120,19 @@ def test_table1_has_a_floor_at_each_number_of_samples(results):
     odd = np.arange(1, len(images), 2)
     some = np.random.default_rng(3).permutation(odd)[:24]
     assert floors[1]["distance"] == pytest.approx(frechet(images[some], images[::2]), rel=1e-3)
+
+
+def test_clip_clips_every_row(results):
+    model, tau = ddim.load_model("digits"), [500, 1000]
+    key = jax.random.split(jax.random.key(0))[0]
+    x_T = ddim.initial_noise(key, 4, model.image_shape)
+    clipped, free = (
+        np.asarray(to_uint8(ddim.sample(model.denoise, x_T, model.schedule, tau, x0_fn=f)))
+        for f in (clip_x0(1.0), None)
+    )
+    (path,) = (results[0] / "fig3" / "samples" / "eta0-S2-linear").glob("*.npy")
+    np.testing.assert_allclose(np.load(path).astype(int), clipped, atol=1)
+    assert np.abs(clipped.astype(int) - free).max() > 1
 
 
 def test_table2_is_eq_13_up_and_down(results):
