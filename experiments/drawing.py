@@ -64,6 +64,7 @@ def strips(rows: Mapping[str, np.ndarray]) -> Figure:
     size = (0.5 * columns + 2.0, 0.5 * count + 0.2)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(tiles)
+    axis.set_anchor("E")
     axis.set_yticks((np.arange(count) + 0.5) * tiles.shape[0] / count, list(rows), fontsize=8)
     axis.set_xticks([])
     axis.tick_params(length=0)

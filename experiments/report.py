@@ -96,7 +96,7 @@ def _section(result: dict[str, Any]) -> list[str]:
     where = (
         f"{source}seed {result['settings']['seed']}; {device['count']} × {device['kind']} "
         f"({device['cpu']}, {device['cores']} cores), jax {versions['jax']}, ddim_jax "
-        f"{versions['ddim_jax']}, Python {versions['python']}; {_seconds(result):,.0f} s in all, "
+        f"{versions['ddim_jax']}, Python {versions['python']}; cells {_seconds(result):,.0f} s, "
         f"finished {result['finished']}"
     )
     return [

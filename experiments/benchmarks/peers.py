@@ -41,7 +41,9 @@ from ddim_jax.unet import abstract_params, build, make_apply
 from experiments.provenance import device, versions, write_json
 
 OURS = "ours"
-SMALL = UNetConfig(image_size=8, channels=32, multipliers=(1, 2), attention_resolutions=(4,))
+SMALL = UNetConfig(
+    image_size=8, channels=32, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,)
+)
 Call = Callable[[], Any]
 Sides = dict[str, Call]
 

@@ -1,0 +1,68 @@
+"""The benchmarks beside PyTorch, on a tiny network, our side alone."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddim_jax.pretrained import PAPER
+from experiments.benchmarks import peers, sampling, training
+
+WORDS = ["--small", "--no-memory", "--batch", "2", "--rounds", "2", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def no_torch(monkeypatch):
+    """As where PyTorch is missing; its sides run in the benchmarks alone."""
+    monkeypatch.setattr(peers, "missing", lambda *_: "torch is not installed")
+
+
+def test_sampling_says_what_ran_and_what_did_not(tmp_path, capsys):
+    path = tmp_path / "sampling.json"
+    sampling.main([*WORDS, "--steps", "2", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["settings"]["steps"] == 2
+    batch = found["batches"]["2"]
+    assert set(batch["sides"]) == {"ours", "network"}
+    assert set(batch["not run"].values()) == {"torch is not installed"}
+    ours = batch["sides"]["ours"]
+    assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
+    assert ours["time_over_ours"] == {"median": 1.0, "least": 1.0, "most": 1.0}
+    flops = 2 * 2 * found["settings"]["flops_per_image_and_call"]
+    assert ours["gflops"] == pytest.approx(flops / ours["seconds"] / 1e9)
+    seconds = sorted(r["network"] / r["ours"] for r in batch["rounds"])
+    ratio = batch["sides"]["network"]["time_over_ours"]
+    assert (ratio["least"], ratio["most"]) == pytest.approx((seconds[0], seconds[-1]))
+    assert "not run: torch is not installed" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exists; choose another --json"):
+        sampling.main(["--json", str(path)])
+
+
+def test_training_has_three_tables(tmp_path):
+    path = tmp_path / "training.json"
+    training.main([*WORDS, "--json", str(path)])
+    tables = json.loads(path.read_text())["batches"]["2"]
+    assert set(tables) == {"forward", "forward + backward", "train step"}
+    for name, passes in (("forward", 1), ("train step", 3)):
+        row = tables[name]["sides"]["ours"]
+        work = passes * 2 * peers.network_flops(peers.SMALL)
+        assert row["gflops"] * row["seconds"] * 1e9 == pytest.approx(work)
+        assert set(tables[name]["not run"]) == {"eager", "torch.compile"}
+
+
+def test_operations_are_those_that_xla_counts():
+    config = peers.SMALL
+    model = peers.random_model(config)
+    x = jnp.zeros((1, config.image_size, config.image_size, config.in_channels))
+    compiled = jax.jit(model.apply_fn).lower(model.params, x, jnp.ones(1, int)).compile()
+    counted = compiled.cost_analysis()["flops"]  # sums, norms and nonlinearities as well
+    assert 0.8 * counted < peers.network_flops(config) < counted
+    assert peers.network_flops(PAPER["cifar10"]) == pytest.approx(11.62e9, rel=1e-3)
+
+
+def test_disagreement_is_relative_to_the_largest_pixel():
+    ours, theirs = np.array([0.5, -4.0]), np.array([0.5, -3.0])
+    assert sampling.disagreement(ours, theirs, clipped=False) == 0.25
+    assert sampling.disagreement(ours, np.array([0.5, -1.0]), clipped=True) == 0.0
