@@ -173,10 +173,10 @@ class Experiment:
         return self.args.spacing or ("quadratic" if cifar10 else "linear")
 
     def tau(self, steps: int, spacing: str | None = None) -> np.ndarray:
-        """(S,) timesteps."""
+        """(S,) timesteps; the authors' `quad` and `uniform` may give fewer or more."""
         schedule = self.model.schedule
         spacing = spacing or self.spacing
-        return ddim.timesteps(schedule.num_steps, steps, spacing, schedule=schedule)
+        return ddim.timesteps(schedule.num_steps, steps, spacing, schedule=schedule, exact=False)
 
     def num_samples(self, steps: int) -> int:
         """Images in the cells of one S."""
@@ -254,8 +254,7 @@ class Experiment:
             self.model,
             self.args.out / "samples" / f"eta{eta}-S{steps}-{spacing}",
             number,
-            steps,
-            spacing=spacing,
+            self.tau(steps, spacing),
             seed=self.args.seed,
             batch_size=batch,
             shard_size=batch * max(1, 1000 // batch),

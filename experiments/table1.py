@@ -62,7 +62,8 @@ def table(experiment: Experiment) -> Cell:
 
 
 def _score(experiment: Experiment, eta: str, steps: int) -> Cell:
-    return experiment.score(list(iter_shards(experiment.draw(eta, steps))))
+    found = experiment.score(list(iter_shards(experiment.draw(eta, steps))))
+    return found | {"network_calls": len(experiment.tau(steps))}
 
 
 if __name__ == "__main__":

@@ -122,6 +122,15 @@ def test_table1_has_a_floor_at_each_number_of_samples(results):
     assert floors[1]["distance"] == pytest.approx(frechet(images[some], images[::2]), rel=1e-3)
 
 
+def test_quad_takes_the_steps_that_the_authors_visit(tmp_path):
+    words = "--spacing quad --steps 100 --eta 0 --num-samples 4 --batch-size 4"
+    result = table1.main([*words.split(), "--out", str(tmp_path / "quad")])
+    assert result["cells"][0]["network_calls"] == 96
+    (settings,) = tmp_path.glob("quad/samples/*/settings.json")
+    tau = np.unique((np.linspace(0, np.sqrt(800), 100) ** 2).astype(int)) + 1
+    assert json.loads(settings.read_text())["tau"] == tau.tolist()
+
+
 def test_clip_clips_every_row(results):
     model, tau = ddim.load_model("digits"), [500, 1000]
     key = jax.random.split(jax.random.key(0))[0]
