@@ -30,6 +30,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       'all of it'
     """
     path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; make it first")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -35,8 +35,8 @@ class Source:
       step: which checkpoint of a run folder, the latest by default.
       config: the network of a PyTorch checkpoint: cifar10, celeba64 or lsun256.
       image_size: of a PyTorch checkpoint of another network, whose shapes tell the rest.
-      schedule: the noise schedule, where the file has none; linear is the paper's. T is 1000.
-      prediction: what the network predicts, where the file does not say so: noise by default.
+      schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
+      prediction: what the network predicts, in place of what the file says; noise if neither says.
     """
 
     step: int | None = None
@@ -45,11 +45,16 @@ class Source:
     schedule: Literal["linear", "cosine"] | None = None
     prediction: Literal["eps", "x_0", "v"] | None = None
 
+    def given(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+        }
+
     def load(self, model: str) -> Model:
-        given = dataclasses.asdict(self)
-        return load_model(
-            model, **given | {"schedule": self.schedule and ScheduleConfig(self.schedule)}
-        )
+        given = self.given()
+        if self.schedule:
+            given["schedule"] = ScheduleConfig(self.schedule)
+        return load_model(model, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Sampling:
     def check(self) -> None:
         if self.sigma_hat and self.eta != 1.0:
             raise ValueError(f"--sigma-hat takes --eta 1 (App. D.3), got --eta {self.eta:g}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +166,9 @@ def sample(
     if not np.isfinite(drawn).all():
         raise FloatingPointError("the samples are not finite: the model may be damaged")
     scale = max(1, 64 // drawn.shape[1])
-    text = {"ddim_jax": json.dumps({"model": model, **dataclasses.asdict(sampling)})}
+    text = {
+        "ddim_jax": json.dumps({"model": model, **dataclasses.asdict(sampling), **source.given()})
+    }
     save_png(out, grid(drawn, scale=scale), text=text, overwrite=overwrite)
     print(f"wrote {out}: {num_images} images, {sampling}")
 
@@ -217,7 +226,8 @@ def info(model: tyro.conf.Positional[str], source: SourceOptions, verify: bool =
     """
     run = (pathlib.Path(model) / "checkpoints").is_dir() and source == Source()
     if verify and not run:
-        raise ValueError(f"--verify is for all checkpoints of a run folder, got {model} {source}")
+        more = "".join(f" --{name} {value}" for name, value in source.given().items())
+        raise ValueError(f"--verify is for all checkpoints of a run folder, got {model}{more}")
     if run:
         from ddim_jax.summary import summarise
 
@@ -245,6 +255,8 @@ def export(
       diffusers: write a folder for `DDIMPipeline.from_pretrained`.
       overwrite: replace the file if it exists (never a folder).
     """
+    if diffusers and float16:
+        raise ValueError("--float16 is for a .safetensors file; a diffusers folder is float32")
     if out.exists() and (diffusers or not overwrite):
         raise FileExistsError(f"{out} exists; choose another, or pass --overwrite for a file")
     loaded = source.load(model)

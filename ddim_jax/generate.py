@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import operator
 import os
 import pathlib
 import reprlib
@@ -98,8 +99,16 @@ def generate(
       >>> [shard.shape for shard in iter_shards(folder)]
       [(2, 8, 8, 1), (1, 8, 8, 1)]
     """
+    num_images, batch_size, shard_size, seed = (
+        _whole(name, value)
+        for name, value in (("num_images", num_images), ("batch_size", batch_size),
+                            ("shard_size", shard_size), ("seed", seed))
+    )  # fmt: skip
+    eta, clip = float(eta), bool(clip)
     if not 1 <= num_images < 2**31:
         raise ValueError(f"num_images must be in 1..2**31 - 1, got {num_images}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
     if batch_size < 1 or shard_size < 1 or shard_size % batch_size:
         raise ValueError(
             "batch_size must divide shard_size, so that no block is cut, got "
@@ -117,9 +126,7 @@ def generate(
         "shard_size": shard_size,
         "image_shape": list(model.image_shape),
         "seed": seed,
-        "eta": float(eta),
-        "spacing": spacing if np.ndim(steps) == 0 else None,
-        "steps": len(tau),
+        "eta": eta,
         "tau": tau.tolist(),
         "use_sigma_hat": use_sigma_hat,
         "clip": clip,
@@ -252,8 +259,16 @@ def make_draw(
     return jax.jit(spread, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
 def _tau(schedule: Schedule, steps: Any, spacing: str) -> np.ndarray:
     if np.ndim(steps) == 0:
+        steps = _whole("steps, where it is S and not a list of timesteps,", steps)
         return timesteps(schedule.num_steps, steps, spacing, schedule=schedule)
     if spacing != "linear":
         raise ValueError(f"give steps=S and a spacing, or steps=tau alone, got {spacing!r} and tau")

@@ -135,8 +135,8 @@ def load_model(
             raise ValueError(f"unknown prediction type {prediction!r}; known are {PREDICTIONS}")
         if schedule is None:
             raise ValueError(
-                "it holds no noise schedule: pass schedule=ScheduleConfig() if it is the paper's, "
-                "linear from 1e-4 to 0.02 with T = 1000"
+                "it holds no noise schedule: pass schedule=ScheduleConfig(), or --schedule linear, "
+                "if it is the paper's, linear from 1e-4 to 0.02 with T = 1000"
             )
         built = schedule.build()
         unet.check_params(stored.params, unet.abstract_params(config))

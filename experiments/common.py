@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -39,7 +40,18 @@ from ddim_jax.evaluation import (
 )
 from ddim_jax.generate import generate, iter_shards
 from ddim_jax.presets import DataConfig
-from experiments.provenance import data_config, device, digest, versions, write, write_json
+from ddim_jax.process import PREDICTIONS
+from ddim_jax.schedule import ScheduleConfig
+from ddim_jax.unet import make_apply
+from experiments.provenance import (
+    data_config,
+    device,
+    digest,
+    read_json,
+    versions,
+    write,
+    write_json,
+)
 
 FORMAT = 1
 SIGMA_HAT = "hat"
@@ -58,6 +70,8 @@ def parse(
     argv: Sequence[str] | None,
     small: Mapping[str, Any],
     full: Mapping[str, Any] | None = None,
+    *,
+    without: Sequence[str] = (),
     **extra: Any,
 ) -> argparse.Namespace:
     """Arguments of one experiment: the common ones, and one for each entry of `small`.
@@ -68,22 +82,33 @@ def parse(
       argv: words of the command line; those of this process by default.
       small: option → default; a list takes several values of its first one's type, False is a flag.
       full: defaults under `--full`, the paper's sizes, where they differ.
+      without: which of --extractor and --spacing it has no use for.
       **extra: option → its line of help, where `HELP` has none.
 
     Returns:
       A namespace, with `command`, the line that repeats it.
+
+    Raises:
+      ValueError: a number is out of range, or a row or column is asked for twice.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=description)
     parser.add_argument("--model", help='"digits" (ships), or what `ddim_jax.load_model` takes')
     parser.add_argument("--config", help="a network of the paper, for a checkpoint without one")
+    parser.add_argument("--schedule", choices=("linear", "cosine"), help="in place of the file's")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="in place of the file's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the network computes in")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results") / name)
     parser.add_argument("--data", help="the data to compare with; by default the model's own")
     parser.add_argument("--data-dir", help="where TFDS data lie; by default $DDIM_JAX_DATA")
-    parser.add_argument(
-        "--extractor", default="pixels", help="pixels, resnet56:PATH, inception:PATH"
-    )
-    parser.add_argument("--spacing", help="of τ; quadratic for CIFAR-10, else linear (App. D.2)")
+    if "extractor" not in without:
+        parser.add_argument(
+            "--extractor", default="pixels", help="pixels, resnet56:PATH, inception:PATH"
+        )
+    if "spacing" not in without:
+        parser.add_argument(
+            "--spacing", help="of τ; quadratic for CIFAR-10, else linear (App. D.2)"
+        )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--full", action="store_true", help="the paper's sizes as defaults")
@@ -103,8 +128,31 @@ def parse(
     for option, default in (full if args.full else small).items():
         if getattr(args, option) is None:
             setattr(args, option, default)
+    _check(args)
     args.command = shlex.join(["python", "-m", f"experiments.{name}", *words])
     return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Before anything is written."""
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be in 0..2**32 - 1, got {args.seed}")
+    for name, value in vars(args).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if "eta" in args:
+        args.eta = [eta if eta == SIGMA_HAT else f"{noise(eta)['eta']:g}" for eta in args.eta]
+    for name in ("eta", "steps"):
+        values = getattr(args, name, [])
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} must not name a value twice, got {values}")
+    words = getattr(args, "num_samples", [])
+    named = [word.rpartition("=")[0] for word in words]
+    strange = {s for s in named if s} - set(map(str, getattr(args, "steps", [])))
+    if len(set(named)) < len(named) or strange:
+        raise ValueError(
+            f"--num-samples takes one number, and S=N for S among --steps, got {' '.join(words)}"
+        )
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -130,7 +178,14 @@ class Experiment:
     @functools.cached_property
     def model(self) -> ddim.Model:
         """The network, what it predicts, and its schedule."""
-        return ddim.load_model(self.args.model or "digits", config=self.args.config)
+        args = self.args
+        schedule = args.schedule and ScheduleConfig(args.schedule)
+        model = ddim.load_model(args.model or "digits", config=args.config, schedule=schedule,
+                                prediction=args.prediction)  # fmt: skip
+        if args.dtype in (None, model.config.dtype):
+            return model
+        config = dataclasses.replace(model.config, dtype=args.dtype)
+        return model._replace(config=config, apply_fn=make_apply(config))
 
     @functools.cached_property
     def data_config(self) -> DataConfig:
@@ -170,7 +225,7 @@ class Experiment:
     def spacing(self) -> str:
         """Of τ: quadratic for CIFAR-10, else linear, unless said otherwise."""
         cifar10 = self.data_config.name.startswith("cifar10")
-        return self.args.spacing or ("quadratic" if cifar10 else "linear")
+        return getattr(self.args, "spacing", None) or ("quadratic" if cifar10 else "linear")
 
     def tau(self, steps: int, spacing: str | None = None) -> np.ndarray:
         """(S,) timesteps; the authors' `quad` and `uniform` may give fewer or more."""
@@ -192,7 +247,8 @@ class Experiment:
           FileExistsError: the folder holds something else.
           ValueError: it holds this experiment with other settings; each is named.
         """
-        ignored = {"out", "data_dir", "model", "config", "data", "extractor", "command", "full"}
+        ignored = {"out", "data_dir", "data", "extractor", "command", "full"}
+        ignored |= {"model", "config", "schedule", "prediction", "dtype"}  # see the model's digest
         chosen = {k: v for k, v in vars(self.args).items() if k not in ignored}
         self.settings = json.loads(
             json.dumps(
@@ -202,7 +258,7 @@ class Experiment:
         )
         out, path = self.args.out, self.args.out / "settings.json"
         if path.exists():
-            there = json.loads(path.read_text())
+            there = read_json(path)
             names = sorted(there.keys() | self.settings.keys())
             differ = [n for n in names if there.get(n) != self.settings.get(n)]
             if differ:
@@ -210,7 +266,9 @@ class Experiment:
                 raise ValueError(
                     "\n".join([f"{out} has other settings; choose another --out:", *lines])
                 )
-        elif out.exists() and any(p.name != "result.json" or is_run(out) for p in out.iterdir()):
+        elif out.exists() and any(
+            p.suffix != ".tmp" and (p.name != "result.json" or is_run(out)) for p in out.iterdir()
+        ):
             raise FileExistsError(f"{out} holds something else; choose another --out")
         else:
             out.mkdir(parents=True, exist_ok=True)
@@ -218,10 +276,13 @@ class Experiment:
 
     def begin_with_model(self, *, data: bool = True, **more: Any) -> None:
         """`begin`, with the weights and, if asked, the data and the extractor as settings."""
+        for steps in getattr(self.args, "steps", []):
+            self.tau(steps)
         more |= {"model": digest(self.model), "spacing": self.spacing}
         if data:
-            more |= {"data": self.dataset.provenance, "extractor": [
-                self.extractor.name, self.extractor.digest]}  # fmt: skip
+            more |= {"data": self.dataset.provenance}
+        if data and "extractor" in self.args:
+            more |= {"extractor": [self.extractor.name, self.extractor.digest]}
         self.begin(**more)
 
     def cell(self, key: str, compute: Callable[[], Cell]) -> Cell:
@@ -236,7 +297,7 @@ class Experiment:
         """
         path = self.args.out / "cells" / f"{key}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return read_json(path)
         path.parent.mkdir(exist_ok=True)
         began = time.perf_counter()
         cell = compute()
@@ -244,7 +305,7 @@ class Experiment:
         write_json(path, cell)
         numbers = [f"{k} {v:.4g}" for k, v in cell.items() if isinstance(v, int | float)]
         print(f"{self.name} {key}: {', '.join([*numbers[:3], numbers[-1]])}", flush=True)
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def draw(self, eta: str, steps: int, spacing: str | None = None) -> pathlib.Path:
         """A folder of images, image k from the same x_T in every cell; resumes."""
@@ -355,7 +416,9 @@ def noise(eta: str) -> dict[str, Any]:
     try:
         value = float(eta)
     except ValueError:
-        raise ValueError(f"--eta takes numbers and {SIGMA_HAT!r}, got {eta!r}") from None
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ValueError(f"--eta takes numbers in [0, 1] and {SIGMA_HAT!r}, got {eta!r}")
     return {"eta": value}
 
 
@@ -392,7 +455,7 @@ def not_run(name: str, args: argparse.Namespace, reason: str) -> Cell:
 def is_run(folder: pathlib.Path) -> bool:
     """Whether the folder's result.json is one of a run."""
     path = folder / "result.json"
-    return path.exists() and json.loads(path.read_text()).get("status") != "not run"
+    return path.exists() and read_json(path).get("status") != "not run"
 
 
 def _num_samples(words: Sequence[str], steps: int) -> int:

@@ -27,10 +27,12 @@ FULL = {"steps": [10, 20, 50, 100, 200, 500, 1000], "num_samples": ["100"]}
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Times and fits."""
     help = {"repeats": "runs at each S, of which the shortest counts"}
-    args = parse("fig4", __doc__.splitlines()[0], argv, SMALL, FULL, **help)
+    args = parse("fig4", __doc__.splitlines()[0], argv, SMALL, FULL, without=["extractor"], **help)
     if len(set(args.steps)) < 3:
         raise ValueError(f"a line with an error needs three different S, got {args.steps}")
     experiment = Experiment("fig4", args)
+    if len(numbers := {experiment.num_samples(s) for s in args.steps}) > 1:
+        raise ValueError(f"fig4 times one batch at every S, got numbers {numbers}")
     experiment.begin_with_model(data=False, device=device())
     cells = [{"S": s} | experiment.cell(f"S{s}", partial(timed, experiment, s)) for s in args.steps]
     steps = np.array([c["S"] for c in cells], float)

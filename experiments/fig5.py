@@ -23,7 +23,8 @@ FULL = {"num_samples": ["1000"]}
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Draws, and compares with the longest τ."""
     help = {"shown": "images in the figure"}
-    args = parse("fig5", __doc__.splitlines()[0], argv, SMALL, FULL, **help)
+    without = ["extractor", "spacing"]
+    args = parse("fig5", __doc__.splitlines()[0], argv, SMALL, FULL, without=without, **help)
     experiment = Experiment("fig5", args)
     if len(numbers := {experiment.num_samples(s) for s in args.steps}) > 1:
         raise ValueError(f"fig5 compares the same images at every S, got numbers {numbers}")

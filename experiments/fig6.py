@@ -33,10 +33,11 @@ AGAINST = 10_000  # images of the data among which the nearest is sought
 
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Interpolates, and measures the paths."""
-    args = parse("fig6", __doc__.splitlines()[0], argv, SMALL, FULL, **HELP)
+    args = parse("fig6", __doc__.splitlines()[0], argv, SMALL, FULL, without=["extractor"], **HELP)
     if args.points < 3 or args.points % 2 == 0 or args.paths < 2 or len(args.steps) != 1:
         raise ValueError("fig6 takes one S, an odd number of points >= 3 and paths >= 2, got "
                          f"{args.steps}, {args.points} and {args.paths}")  # fmt: skip
+    args.shown = min(args.shown, args.paths)
     experiment = Experiment("fig6", args)
     experiment.begin_with_model()
     paths: list[np.ndarray] = []

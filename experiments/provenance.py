@@ -25,7 +25,9 @@ from ddim_jax.presets import PRESETS, DataConfig
 
 def digest(model: ddim.Model) -> dict[str, Any]:
     """Which weights these are."""
-    sha = hashlib.sha256(np.asarray(model.schedule.log_alpha_bar).tobytes())
+    what = [dataclasses.asdict(model.config), model.prediction]
+    sha = hashlib.sha256(json.dumps(what).encode())
+    sha.update(np.asarray(model.schedule.log_alpha_bar).tobytes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode())
         sha.update(np.ascontiguousarray(leaf, "<f4").tobytes())
@@ -60,6 +62,17 @@ def versions(*more: str) -> dict[str, str]:
         "numpy": np.__version__,
     }
     return found | {p: importlib.metadata.version(p) for p in more if importlib.util.find_spec(p)}
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_json` wrote; ValueError where the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: move it away, and what it held is computed again")
+    return found
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from ddim_jax import plots
 from experiments import paper_numbers as paper
 from experiments.claims import CLAIMS, NOT_RUN, Claim
 from experiments.common import row_label, run
-from experiments.provenance import write
+from experiments.provenance import read_json, write
 
 TITLE = "The tables and figures of DDIM, reproduced"
 SECTIONS = {
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     out = args.out or args.results / "report.html"
     if not args.results.is_dir():
         raise FileNotFoundError(f"no folder {args.results}")
-    if out.exists() and f"<title>{TITLE}</title>" not in out.read_text():
+    if out.exists() and f"<title>{TITLE}</title>" not in out.read_text(errors="replace"):
         raise FileExistsError(f"{out} is no report; choose another --out")
     results = read(args.results)
     write(out, page(results).encode())
@@ -56,7 +55,7 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     """All results below a folder, each with the folder's name and its picture."""
     found = []
     for path in sorted(folder.rglob("result.json")):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if result.get("experiment") not in SECTIONS:
             raise ValueError(f"{path} is no result of these experiments")
         picture = path.parent / "figure.png"

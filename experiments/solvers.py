@@ -38,12 +38,16 @@ SPACINGS = ("linear", "quadratic", "logsnr")
 
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Runs every solver at every S."""
-    args = parse("solvers", __doc__.splitlines()[0], argv, SMALL, FULL, **HELP)
+    args = parse("solvers", __doc__.splitlines()[0], argv, SMALL, FULL, without=["spacing"], **HELP)
     experiment = Experiment("solvers", args)
+    if args.oracle and args.model:
+        raise ValueError(f"--oracle stands in place of a network: no --model, got {args.model!r}")
     if args.oracle:
-        experiment.model = _oracle()
-    if min(experiment.num_samples(s) for s in args.steps) < args.fine_samples:
-        raise ValueError("--fine-samples must not exceed --num-samples")
+        experiment.model, args.model = _oracle(), "the exact denoiser of the digits"
+    least = min(experiment.num_samples(s) for s in args.steps)
+    if not 2 <= args.fine_samples <= least:
+        raise ValueError(f"--fine-samples must be in 2..{least}, the least of --num-samples, got "
+                         f"{args.fine_samples}")  # fmt: skip
     experiment.begin_with_model()
     bench = _Bench(experiment)
     cells = []

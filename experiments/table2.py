@@ -44,13 +44,20 @@ HELP = {
 
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Encodes, decodes and compares."""
-    args = parse("table2", __doc__.splitlines()[0], argv, SMALL, FULL, **HELP)
+    args = parse(
+        "table2", __doc__.splitlines()[0], argv, SMALL, FULL, without=["extractor"], **HELP
+    )
     experiment = Experiment("table2", args)
     if experiment.data_config.name != "digits":  # which have no other split
         experiment.data_config = dataclasses.replace(experiment.data_config, split="test")
     most = max(args.exact_samples, *(experiment.num_samples(s) for s in args.steps))
     if most > len(experiment.dataset):
-        raise ValueError(f"{args.data} has {len(experiment.dataset)} images, {most} were asked for")
+        name = experiment.dataset.name
+        raise ValueError(f"{name} has {len(experiment.dataset)} images, {most} were asked for")
+    if args.exact_samples < 2:
+        raise ValueError("--exact-samples must be at least 2, for a standard error, got 1")
+    for s in filter(None, args.exact_steps):
+        experiment.tau(s)
     experiment.begin_with_model()
     order = np.random.default_rng(args.seed).permutation(len(experiment.dataset))[:most]
     cells = []

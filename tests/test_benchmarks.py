@@ -36,8 +36,22 @@ def test_sampling_says_what_ran_and_what_did_not(tmp_path, capsys):
     ratio = batch["sides"]["network"]["time_over_ours"]
     assert (ratio["least"], ratio["most"]) == pytest.approx((seconds[0], seconds[-1]))
     assert "not run: torch is not installed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="exists; choose another --json"):
-        sampling.main(["--json", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--json .", "exists; choose another --json"),
+        ("--json no/such.json", "there is no folder no for --json"),
+        ("--only eager compiled", "invalid choice: 'compiled'"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--steps 0", "--steps must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(words, message, capsys):
+    with pytest.raises(SystemExit):
+        sampling.main(words.split())
+    assert message in capsys.readouterr().err
 
 
 def test_training_has_a_table_for_each_part(tmp_path, monkeypatch):

@@ -324,9 +324,16 @@ def test_not_run_makes_way_for_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--eta", "DDPM"], "takes numbers and 'hat'"),
+        (["--eta", "DDPM"], r"takes numbers in \[0, 1\] and 'hat', got 'DDPM'"),
+        (["--eta", "2"], "got '2'"),
+        (["--eta", "0", "0.0"], "--eta must not name a value twice"),
+        (["--steps", "5", "5"], "--steps must not name a value twice"),
+        (["--seed", "-1"], r"--seed must be in 0..2\*\*32 - 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--num-samples", "20", "30"], "takes one number, and S=N .* got 20 30"),
+        (["--num-samples", "20", "7=25"], "takes one number, and S=N .* got 20 7=25"),
         (["--num-samples", "many"], "takes a number N"),
-        (["--num-samples", "5=100"], "takes a number N"),
+        (["--num-samples", "10=100"], "takes a number N"),
         (["--extractor", "vgg"], "must be pixels"),
         (["--extractor", "resnet56"], "must be pixels"),
         (["--spacing", "cubic"], "unknown spacing"),
@@ -338,6 +345,50 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, words, m
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         table1.main([*words, "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (fig4.main, "--steps 2 5 7 --num-samples 4 2=8", "fig4 times one batch at every S"),
+        (fig4.main, "--repeats 0", "--repeats must be at least 1"),
+        (fig4.main, "--steps 2 5 2000", "S = 2000 and T = 1000"),
+        (table2.main, "--exact-steps 3000", "S = 3000 and T = 1000"),
+        (table2.main, "--exact-samples 1", "--exact-samples must be at least 2"),
+        (table2.main, "--num-samples 5000", "digits has 1797 images, 5000 were asked for"),
+        (solvers.main, "--oracle --model digits", "--oracle stands in place of a network"),
+        (solvers.main, "--fine-samples 200", "in 2..150, the least of --num-samples, got 200"),
+    ],
+)
+def test_so_are_those_of_other_experiments(tmp_path, main, words, message):
+    with pytest.raises(ValueError, match=message):
+        main([*words.split(), "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "option"),
+    [(fig5.main, "--spacing"), (solvers.main, "--spacing"), (table2.main, "--extractor")],
+)
+def test_options_without_a_use_are_not_taken(main, option, capsys):
+    with pytest.raises(SystemExit):
+        main([option, "linear"])
+    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+
+
+def test_a_folder_belongs_to_one_network(tmp_path):
+    words = ["--steps", "2", "--eta", "0", "--num-samples", "4", "--out", str(tmp_path / "new")]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "settings.json.0123.tmp").touch()  # of a run killed at once
+    first = table1.main(words)
+    for more in (["--prediction", "v"], ["--schedule", "cosine"], ["--dtype", "bfloat16"]):
+        with pytest.raises(ValueError, match=r"other settings.*\n.* model: "):
+            table1.main([*words, *more])
+    assert table1.main(words)["cells"] == first["cells"]
+    for name in ("cells/eta0-S2.json", "settings.json"):
+        (tmp_path / "new" / name).write_text("[]")
+        with pytest.raises(ValueError, match=rf"{name} is damaged: move it away"):
+            table1.main(words)
 
 
 def test_which_data_a_model_is_compared_with():

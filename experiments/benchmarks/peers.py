@@ -48,8 +48,17 @@ Call = Callable[[], Any]
 Sides = dict[str, Call]
 
 
-def arguments(doc: str, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
-    """The common arguments; `on_gpu` says where JAX computes."""
+def arguments(
+    doc: str, argv: Sequence[str] | None, others: Sequence[str], **defaults: int
+) -> argparse.Namespace:
+    """The common arguments; `on_gpu` says where JAX computes.
+
+    Args:
+      doc: of the script.
+      argv: words of the command line; those of this process by default.
+      others: names of the sides that are not ours.
+      **defaults: further numbers.
+    """
     on_gpu = jax.default_backend() != "cpu"
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 512] if on_gpu else [8])
@@ -59,15 +68,21 @@ def arguments(doc: str, argv: Sequence[str] | None, **defaults: Any) -> argparse
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
-    parser.add_argument("--only", nargs="+", help="of the other sides, by name")
+    parser.add_argument("--only", nargs="+", choices=others, help="of the other sides")
     parser.add_argument("--small", action="store_true", help="a tiny network, to try the script")
     parser.add_argument("--no-memory", action="store_true", help="start no further processes")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this new file too")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # SIDE FOLDER
     args = parser.parse_args(argv)
+    if least := [n for n in ("rounds", *defaults) if getattr(args, n) < 1]:
+        parser.error(f"--{least[0]} must be at least 1")
+    if min(args.batch) < 1:
+        parser.error("--batch must be at least 1")
     args.on_gpu, args.config = on_gpu, SMALL if args.small else PAPER["cifar10"]
     if args.json and args.json.exists():
-        sys.exit(f"error: {args.json} exists; choose another --json")
+        parser.error(f"{args.json} exists; choose another --json")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"there is no folder {args.json.parent} for --json; make it first")
     return args
 
 
@@ -285,6 +300,8 @@ def benchmark(
         ddim.save_diffusers(folder, random_model(args.config))
         for batch in args.batch:
             results["batches"][batch] = measure(folder, batch, flops)
+            if args.json:
+                write_json(args.json, results)  # so that a later failure loses nothing
     results["matrix_product_gflops"] = rates = matmul_rates(args.dtype)
     print("\nmatrix product, GFLOP/s:", ", ".join(f"{k} {v:.0f}" for k, v in rates.items()))
     kind = results["machine"]["kind"]

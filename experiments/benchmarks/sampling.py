@@ -28,6 +28,7 @@ from experiments.benchmarks.peers import OURS, Call, Sides
 
 NETWORK, EAGER, LAST = "network", "eager", "eager, channels last"
 COMPILED, PIPELINE = "torch.compile", "pipeline, eager"
+OTHERS = (EAGER, LAST, COMPILED, PIPELINE)
 
 
 def our_sides(model: ddim.Model, x_T: np.ndarray, steps: int) -> Sides:
@@ -51,7 +52,7 @@ def their_sides(
     only: Sequence[str] | None = None,
 ) -> tuple[Sides, dict[str, str]]:
     """As `our_sides`, all or `only` some, and name → why it does not run."""
-    names = [n for n in (EAGER, LAST, COMPILED, PIPELINE) if only is None or n in only]
+    names = [n for n in OTHERS if only is None or n in only]
     if reason := peers.missing("torch", "diffusers"):
         return {}, dict.fromkeys(names, reason)
     import torch
@@ -160,7 +161,7 @@ def measure(args: argparse.Namespace, folder: str, batch: int, flops: float) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs and prints; with --json writes."""
-    args = peers.arguments(__doc__, argv, steps=10)
+    args = peers.arguments(__doc__, argv, OTHERS, steps=10)
     if args.memory_of:
         side, folder = args.memory_of
         x_T = latents(args.batch[0], args.config, args.dtype)

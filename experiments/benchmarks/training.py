@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, folder: str, batch: int, flops: float) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs and prints; with --json writes."""
-    args = peers.arguments(__doc__, argv)
+    args = peers.arguments(__doc__, argv, (EAGER, COMPILED))
     if args.memory_of:
         side, folder = args.memory_of
 
