@@ -27,7 +27,8 @@ from ddim_jax.presets import PRESETS
 from ddim_jax.training import TrainState, ema_rate, init_state, make_optimizer
 from ddim_jax.weights import load_weights, save_weights
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment
 from experiments.table2 import mean_se
 
 K = 2

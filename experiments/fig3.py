@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, row_label, run
+from experiments.arguments import parse, row_label, run
+from experiments.common import Cell, Experiment
 
 SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1", "hat"], "num_samples": ["36"],
          "clip": False}  # fmt: skip

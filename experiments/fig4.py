@@ -17,7 +17,8 @@ import numpy as np
 
 import ddim_jax as ddim
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment
 from experiments.provenance import device
 
 SMALL = {"steps": [10, 20, 50, 100, 200], "num_samples": ["16"], "repeats": 5}

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment
 from experiments.table2 import mean_se
 
 SMALL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["32"], "shown": 10, "clip": False}

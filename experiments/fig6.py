@@ -18,7 +18,8 @@ import numpy as np
 import ddim_jax as ddim
 from ddim_jax.images import to_model, to_uint8
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment
 from experiments.table2 import mean_se
 
 SMALL = {"steps": [50], "paths": 8, "shown": 8, "points": 11}

@@ -15,8 +15,8 @@ from typing import Any
 
 from ddim_jax import plots
 from experiments import paper_numbers as paper
+from experiments.arguments import row_label, run
 from experiments.claims import CLAIMS, NOT_RUN, Claim
-from experiments.common import row_label, run
 from experiments.provenance import read_json, write
 
 TITLE = "The tables and figures of DDIM, reproduced"

@@ -22,7 +22,8 @@ import ddim_jax as ddim
 from ddim_jax.data import load
 from ddim_jax.images import to_model, to_uint8
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment
 
 SMALL = {"steps": [5, 10, 20], "num_samples": ["150"], "fine_samples": 24, "refine": [5, 10],
          "sweeps": 3, "oracle": False}  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any
 
 from ddim_jax.generate import iter_shards
 from experiments import drawing
-from experiments.common import Cell, Experiment, jackknife_blocks, parse, row_label, run, sizes
+from experiments.arguments import parse, row_label, run
+from experiments.common import Cell, Experiment, jackknife_blocks, sizes
 
 SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_samples": ["300"],
          "clip": False}  # fmt: skip

@@ -20,7 +20,8 @@ import numpy as np
 import ddim_jax as ddim
 from ddim_jax.images import to_model
 from experiments import drawing
-from experiments.common import Cell, Experiment, parse, run, sizes
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment, sizes
 
 SMALL = {
     "steps": [10, 20, 50, 100, 200, 500, 1000],

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.common import Cell, Experiment, not_run, parse, run
+from experiments.arguments import parse, run
+from experiments.common import Cell, Experiment, not_run
 from experiments.table1 import table
 
 SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1"], "num_samples": ["300"], "clip": False}

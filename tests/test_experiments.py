@@ -17,6 +17,7 @@ from ddim_jax.clipping import clip_x0
 from ddim_jax.data import load
 from ddim_jax.images import to_uint8
 from experiments import (
+    arguments,
     claims,
     common,
     discrete,
@@ -250,7 +251,7 @@ def test_a_network_of_v_gives_the_same_figures(results, tmp_path, monkeypatch):
 
 
 def test_solvers_take_a_network_of_v(tmp_path):
-    args = common.parse("solvers", "", ["--batch-size", "4"], solvers.SMALL, **solvers.HELP)
+    args = arguments.parse("solvers", "", ["--batch-size", "4"], solvers.SMALL, **solvers.HELP)
     found = []
     for model in (ddim.load_model("digits"), as_v(ddim.load_model("digits"))):
         experiment = common.Experiment("solvers", args)
@@ -474,4 +475,4 @@ def test_the_report_of_nothing_and_of_strangers(tmp_path):
 def test_errors_of_use_are_one_line(capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").resolve()))
     with pytest.raises(SystemExit, match="error: no model 'nothing'"):
-        common.run(lambda: table1.main(["--model", "nothing"]))
+        arguments.run(lambda: table1.main(["--model", "nothing"]))

@@ -1,0 +1,162 @@
+"""The experiments' command line: common options, their checks, and what a row or a number means."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ddim_jax.process import PREDICTIONS
+
+SIGMA_HAT = "hat"
+HELP = {
+    "steps": "S, the numbers of network calls per image",
+    "eta": f"rows: η of Eq. 16, or {SIGMA_HAT} for σ̂",
+    "num_samples": "images in each cell; S=N sets one S apart, as in `500 1000=100`",
+    "clip": "clip x̂_0 to [−1, 1] in every row (σ̂'s always is): helps networks trained briefly",
+}
+
+
+def parse(
+    name: str,
+    description: str,
+    argv: Sequence[str] | None,
+    small: Mapping[str, Any],
+    full: Mapping[str, Any] | None = None,
+    *,
+    without: Sequence[str] = (),
+    **extra: Any,
+) -> argparse.Namespace:
+    """Arguments of one experiment: the common ones, and one for each entry of `small`.
+
+    Args:
+      name: of the experiment, `results/NAME` by default.
+      description: the first line of the help.
+      argv: words of the command line; those of this process by default.
+      small: option → default; a list takes several values of its first one's type, False is a flag.
+      full: defaults under `--full`, the paper's sizes, where they differ.
+      without: which of --extractor and --spacing it has no use for.
+      **extra: option → its line of help, where `HELP` has none.
+
+    Returns:
+      A namespace, with `command`, the line that repeats it.
+
+    Raises:
+      ValueError: a number is out of range, or a row or column is asked for twice.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=description)
+    parser.add_argument("--model", help='"digits" (ships), or what `ddim_jax.load_model` takes')
+    parser.add_argument("--config", help="a network of the paper, for a checkpoint without one")
+    parser.add_argument("--schedule", choices=("linear", "cosine"), help="in place of the file's")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="in place of the file's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the network computes in")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results") / name)
+    parser.add_argument("--data", help="the data to compare with; by default the model's own")
+    parser.add_argument("--data-dir", help="where TFDS data lie; by default $DDIM_JAX_DATA")
+    if "extractor" not in without:
+        parser.add_argument(
+            "--extractor", default="pixels", help="pixels, resnet56:PATH, inception:PATH"
+        )
+    if "spacing" not in without:
+        parser.add_argument(
+            "--spacing", help="of τ; quadratic for CIFAR-10, else linear (App. D.2)"
+        )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
+    parser.add_argument("--full", action="store_true", help="the paper's sizes as defaults")
+    full = {**small, **(full or {})}
+    for option, default in small.items():
+        if default is False:
+            flag = "--" + option.replace("_", "-")
+            parser.add_argument(flag, action="store_true", help={**HELP, **extra}[option])
+            continue
+        parser.add_argument(
+            "--" + option.replace("_", "-"),
+            type=type(default[0] if isinstance(default, list) else default),
+            nargs="+" if isinstance(default, list) else None,
+            help=f"{({**HELP, **extra})[option]} (default {default}, --full {full[option]})",
+        )
+    args = parser.parse_args(words)
+    for option, default in (full if args.full else small).items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
+    _check(args)
+    args.command = shlex.join(["python", "-m", f"experiments.{name}", *words])
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Before anything is written."""
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be in 0..2**32 - 1, got {args.seed}")
+    for name, value in vars(args).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if "eta" in args:
+        args.eta = [eta if eta == SIGMA_HAT else f"{noise(eta)['eta']:g}" for eta in args.eta]
+    for name in ("eta", "steps"):
+        values = getattr(args, name, [])
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} must not name a value twice, got {values}")
+    words = getattr(args, "num_samples", [])
+    named = [word.rpartition("=")[0] for word in words]
+    strange = {s for s in named if s} - set(map(str, getattr(args, "steps", [])))
+    if len(set(named)) < len(named) or strange:
+        raise ValueError(
+            f"--num-samples takes one number, and S=N for S among --steps, got {' '.join(words)}"
+        )
+
+
+def run(main: Callable[[], Any]) -> None:
+    """A script's last line: errors of use become one line and exit code 1."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax"))
+    try:
+        main()
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        if os.environ.get("DDIM_JAX_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(DDIM_JAX_TRACEBACK=1 shows where)")
+
+
+def noise(eta: str) -> dict[str, Any]:
+    """Options of `generate` for one row: η, or σ̂ with x̂_0 clipped as in the authors' code."""
+    if eta == SIGMA_HAT:
+        return {"eta": 1.0, "use_sigma_hat": True, "clip": True}
+    try:
+        value = float(eta)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ValueError(f"--eta takes numbers in [0, 1] and {SIGMA_HAT!r}, got {eta!r}")
+    return {"eta": value}
+
+
+def row_label(eta: str) -> str:
+    """ "η = 0.2", "σ̂"."""
+    value = noise(eta)["eta"]
+    return "σ̂" if eta == SIGMA_HAT else f"η = {value:g}"
+
+
+def num_samples(words: Sequence[str], steps: int) -> int:
+    """Images in the cells of one S, from the words of --num-samples."""
+    try:
+        pairs = {s: n for s, _, n in (w.rpartition("=") for w in words)}
+        number = int(pairs.get(str(steps), pairs.get("", "0")))
+    except ValueError:
+        number = 0
+    if number < 4:
+        raise ValueError(
+            f"--num-samples takes a number N ≥ 4, and S=N for single S, got {list(words)} for "
+            f"S = {steps}"
+        )
+    return number
