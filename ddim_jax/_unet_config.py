@@ -17,8 +17,8 @@ class UNetConfig:
     """Shape of the U-Net; the defaults are the CIFAR-10 network, 35,746,307 parameters.
 
     Args:
-        image_size: side in pixels, at which `attention_resolutions` are counted; a multiple of
-            2**(len(multipliers) - 1).
+        image_size: side in pixels, or (height, width), multiples of 2**(len(multipliers) - 1).
+            `attention_resolutions` are counted at the shorter side.
         in_channels: channels of the image, and of the output.
         channels: width at full resolution, a multiple of 32 (GroupNorm has 32 groups).
         multipliers: width of each level in units of `channels`; each level halves the resolution.
@@ -39,7 +39,7 @@ class UNetConfig:
         (256, 128, 64, 32, 16, 8)
     """
 
-    image_size: int = 32
+    image_size: int | tuple[int, int] = 32
     in_channels: int = 3
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -52,8 +52,16 @@ class UNetConfig:
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Resolution of each level, `image_size` first."""
-        return tuple(self.image_size // 2**level for level in range(len(self.multipliers)))
+        """Resolution of each level's shorter side, that of the image first."""
+        side = min(self.image_shape[:2])
+        return tuple(side // 2**level for level in range(len(self.multipliers)))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        size = self.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return (height, width, self.in_channels)
 
     @property
     def downsampling(self) -> int:
@@ -61,9 +69,13 @@ class UNetConfig:
         return int(2 ** (len(self.multipliers) - 1))
 
     def __post_init__(self) -> None:
-        names = ["image_size", "in_channels", "channels", "num_blocks"]
+        names = ["in_channels", "channels", "num_blocks"]
         names += ["num_classes"] if self.num_classes is not None else []
         counts = {name: getattr(self, name) for name in names}
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if len(sides) not in (1, 2):
+            raise ValueError(f"image_size must be a side or (height, width), got {self.image_size}")
+        counts |= {"image_size": sides[0], "width in image_size": sides[-1]}
         for name in ("multipliers", "attention_resolutions"):
             if not isinstance(getattr(self, name), tuple):
                 raise TypeError(f"{name} must be a tuple of ints, got {getattr(self, name)!r}")
@@ -78,7 +90,8 @@ class UNetConfig:
                 f"channels must be a multiple of {NUM_GROUPS}, the number of groups of GroupNorm; "
                 f"got {self.channels}, try {math.ceil(self.channels / NUM_GROUPS) * NUM_GROUPS}"
             )
-        check_divisible("image_size", self.image_size, self)
+        for side in sides:
+            check_divisible("image_size", side, self)
         if unknown := set(self.attention_resolutions) - set(self.resolutions):
             raise ValueError(
                 f"attention_resolutions must be among this network's {self.resolutions}, "
