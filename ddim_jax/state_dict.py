@@ -69,9 +69,7 @@ def from_state_dict(
 
     Example:
       >>> from ddim_jax import unet
-      >>> config = UNetConfig(
-      ...     image_size=8, channels=32, multipliers=(1,), attention_resolutions=()
-      ... )
+      >>> config = UNetConfig(image_size=8, channels=32, multipliers=(1,), attention_resolutions=())
       >>> params = unet.build(config, jax.random.key(0))[1]
       >>> again = from_state_dict(to_state_dict(params), config)
       >>> jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
