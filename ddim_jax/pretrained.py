@@ -52,7 +52,7 @@ class Model(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of its images."""
-        return (self.config.image_size, self.config.image_size, self.config.in_channels)
+        return self.config.image_shape
 
     @property
     def denoise(self) -> Denoiser:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -116,7 +117,9 @@ def from_state_dict(
     return params
 
 
-def infer_config(state: Mapping[str, np.ndarray], image_size: int) -> unet.UNetConfig:
+def infer_config(
+    state: Mapping[str, np.ndarray], image_size: int | tuple[int, int]
+) -> unet.UNetConfig:
     """The network of a state dict with the DDIM authors' names, from its shapes.
 
     The shapes tell all but the image size, at which attention resolutions are counted, and dropout,
@@ -124,7 +127,7 @@ def infer_config(state: Mapping[str, np.ndarray], image_size: int) -> unet.UNetC
 
     Args:
       state: flat dict of arrays.
-      image_size: side of the images in pixels.
+      image_size: side of the images in pixels, or (H, W).
 
     Returns:
       `UNetConfig`.
@@ -142,17 +145,17 @@ def infer_config(state: Mapping[str, np.ndarray], image_size: int) -> unet.UNetC
         ) from error
     if not levels or any(not width or width % channels for width in widths):
         raise ValueError(f"the levels' widths {widths} are not multiples of the first, {channels}")
-    return unet.UNetConfig(
+    config = unet.UNetConfig(
         image_size=image_size,
         in_channels=in_channels,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         num_blocks=len(_numbers(r"down\.0\.block\.(\d+)\.", state)),
-        attention_resolutions=tuple(
-            image_size // 2**i for i in range(levels) if f"down.{i}.attn.0.q.weight" in state
-        ),
+        attention_resolutions=(),
         dropout=0.0,
     )
+    attended = [r for i, r in enumerate(config.resolutions) if f"down.{i}.attn.0.q.weight" in state]
+    return dataclasses.replace(config, attention_resolutions=tuple(attended))
 
 
 def from_checkpoint(
