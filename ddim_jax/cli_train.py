@@ -79,11 +79,10 @@ def _train(
         return
     dataset = preset.data.load(data_dir)
     model = preset.model
-    wanted = (model.image_size, model.image_size, model.in_channels)
-    if dataset.image_shape != wanted:
+    if dataset.image_shape != model.image_shape:
         raise ValueError(
             f"data set {preset.data.name} has images {dataset.image_shape}, the network takes "
-            f"{wanted}: set --model.image-size and --model.in-channels, or --data.resize"
+            f"{model.image_shape}: set --model.image-size and --model.in-channels, or --data.resize"
         )
     apply_fn, params = build(model, jax.random.key(preset.train.seed))
 
