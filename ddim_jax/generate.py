@@ -17,6 +17,7 @@ import operator
 import os
 import pathlib
 import reprlib
+import sys
 import time
 import warnings
 from collections import deque
@@ -117,15 +118,9 @@ def generate(
                             ("shard_size", shard_size), ("seed", seed))
     )  # fmt: skip
     eta, clip = float(eta), bool(clip)
-    if not 1 <= num_images < 2**31:
-        raise ValueError(f"num_images must be in 1..2**31 - 1, got {num_images}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
-    if batch_size < 1 or shard_size < 1 or shard_size % batch_size:
-        raise ValueError(
-            "batch_size must divide shard_size, so that no block is cut, got "
-            f"{batch_size} and {shard_size}"
-        )
+    check_sizes(num_images, batch_size, shard_size)
     labels, guidance = check_condition(model, labels, guidance)
     tau = _tau(model.schedule, steps, spacing)
     mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("images",))
@@ -348,11 +343,24 @@ def label_of(model: Model, labels: Labels, numbers: np.ndarray) -> np.ndarray | 
     return np.broadcast_to(each, numbers.shape).astype(np.int32)
 
 
-def wait(arrays: Any, tick: Callable[[], object] = lambda: None) -> None:
-    """Waits for arrays such that a signal is heard at once; `tick` is called now and then."""
+def check_sizes(num_images: int, batch_size: int, shard_size: int) -> None:
+    """Raises ValueError where `generate` has no use for these."""
+    if not 1 <= num_images < 2**31:
+        raise ValueError(f"num_images must be in 1..2**31 - 1, got {num_images}")
+    if batch_size < 1 or shard_size < 1 or shard_size % batch_size:
+        raise ValueError(
+            "batch_size must divide shard_size, so that no block is cut, got "
+            f"{batch_size} and {shard_size}"
+        )
+
+
+def wait(arrays: Any, bar: tqdm | None = None) -> None:
+    """Waits for arrays such that a signal is heard at once, and the bar's clock goes on."""
     while not all(leaf.is_ready() for leaf in jax.tree.leaves(arrays)):
         time.sleep(0.01)
-        tick()
+        if bar is not None and sys.stderr.isatty() and time.time() > bar.last_print_t + 1:
+            bar.last_print_t = time.time()
+            bar.refresh()
 
 
 def _whole(name: str, value: Any) -> int:
