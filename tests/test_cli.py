@@ -315,10 +315,10 @@ def test_data_commands(command):
         command("data prepare")
 
 
-def tiny(prediction="eps", image_size=8, in_channels=1, num_classes=None):
+def tiny(prediction="eps", image_size=8, in_channels=1, channels=32, num_classes=None):
     """A network of random weights."""
     config = unet.UNetConfig(
-        *(image_size, in_channels, 32, (1,)),
+        *(image_size, in_channels, channels, (1,)),
         num_blocks=1,
         attention_resolutions=(),
         dropout=0.0,
@@ -381,8 +381,8 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
 
 
 def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path):
-    model = tiny(num_classes=3)
-    model.params["label_embedding"] *= 100  # or random weights hardly see it
+    model = tiny(channels=64, num_classes=3)  # in groups of one channel a label would be lost
+    model.params["label_embedding"] *= 10  # or random weights hardly see it
     ddim.save_model("m.safetensors", model)
     drawing = "m.safetensors --num-images 4 --steps 3"
     with pytest.warns(UserWarning, match=r"3 classes and draws without any: .* \(--label, "):
