@@ -24,6 +24,7 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax import plots
+from ddim_jax._files import portable
 from ddim_jax.data import Dataset
 from ddim_jax.evaluation import (
     Extractor,
@@ -274,7 +275,7 @@ class Experiment:
         """
         facts = {}
         if "model" in self.settings:
-            facts["model"] = {"source": self.args.model or "digits", **digest(self.model)}
+            facts["model"] = {"source": portable(self.args.model or "digits"), **digest(self.model)}
         result = {
             "experiment": self.name,
             "status": "run",

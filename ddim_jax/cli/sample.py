@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from ddim_jax._files import portable
 from ddim_jax.cli.options import SamplingOptions, SourceOptions, check_writable
 from ddim_jax.clipping import clip_x0
 from ddim_jax.generate import check_condition, conditioned, label_of, wait
@@ -86,8 +87,7 @@ def sample(
             bar.update(min(len(indices), num_images - start))
     all_drawn = np.concatenate(images)[:num_images]
     shown = max(1, 64 // all_drawn.shape[1])
-    text = {
-        "ddim_jax": json.dumps({"model": model, **dataclasses.asdict(sampling), **source.given()})
-    }
+    facts = {"model": portable(model), **dataclasses.asdict(sampling), **source.given()}
+    text = {"ddim_jax": json.dumps(facts)}
     save_png(out, grid(all_drawn, scale=shown), text=text, overwrite=overwrite)
     print(f"wrote {out}: {num_images} images, {sampling}")
