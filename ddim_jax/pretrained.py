@@ -113,6 +113,8 @@ def load_model(
         if config not in PAPER:
             raise ValueError(f"unknown config {config!r}; choose one of {', '.join(PAPER)}")
         config, schedule = PAPER[config], schedule or ScheduleConfig()
+    if prediction not in (None, *PREDICTIONS):
+        raise ValueError(f"{path}: unknown prediction type {prediction!r}; known are {PREDICTIONS}")
     run = (path / "checkpoints").is_dir()
     torch = path.is_file() and (path.suffix in (".ckpt", ".pt", ".pth") or is_torch_file(path))
     if step is not None and not run:
