@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ddim_jax.checkpoint import CheckpointError, restore_config, restore_part, saved_steps
 from ddim_jax.run_folder import LOG, read_metrics, writer
@@ -37,7 +38,7 @@ def summarise(run: str | os.PathLike[str], verify: bool = False) -> dict[str, An
         raise ValueError(f"{run} is not a run: it has no checkpoint and no {LOG}")
     configuration: dict[str, Any] = {}
     checkpoints = {}
-    for step in steps:
+    for step in tqdm(steps, unit="checkpoint", delay=1, disable=not verify):
         size = f"{_bytes(folder / str(step)) / 1e6:.1f} MB"
         try:
             configuration = restore_config(folder, step)

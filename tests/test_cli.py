@@ -427,6 +427,9 @@ def test_oblong_pictures_and_those_that_are_none(command, tmp_path):
         assert image.size == (16 * 8 + 2, 8 * 8 + 2)
     command("generate oblong.safetensors --out many --num-images 2 --steps 2")
     assert next(iter_shards("many")).shape == (2, 8, 16, 1)
+    (tmp_path / "m.ckpt").write_bytes(torch_writer.saved(to_state_dict(tiny().params)))
+    said = command("info m.ckpt --image-size 8 16 --schedule linear")
+    assert "image_size: (8, 16)" in said
     ddim.save_model("four.safetensors", tiny(in_channels=4))
     with pytest.raises(SystemExit, match="images of 4 channels are no PNG"):
         command("sample four.safetensors")
@@ -462,6 +465,14 @@ def test_a_stop_is_one_line_and_at_once(tmp_path, line, number, code):
     again = "; the same command goes on from here" if "generate" in line else ""
     assert said.endswith(f"\nddim-jax: stopped{again}\n")
     assert "Traceback" not in said
+
+
+def test_which_errors_of_jax_are_said_in_a_line():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nHLO: 3 pages")
+    assert (
+        cli._said(full) == "RESOURCE_EXHAUSTED: out of memory; try a smaller batch, or more devices"
+    )
+    assert cli._said(RuntimeError("of our own making")) is None  # it keeps its traceback
 
 
 @pytest.mark.parametrize("platform", ["rocm", "abacus"])

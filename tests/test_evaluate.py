@@ -13,6 +13,7 @@ from ddim_jax.evaluation import (
     extractors,
     features,
     frechet_distance,
+    frechet_jackknife,
     kernel_distance,
     load_reference,
     moments,
@@ -113,6 +114,13 @@ def test_no_name_earns_the_title(name, digest):
     assert (extractor.frechet_name, extractor.kernel_name) == (f"FD-{name}", f"KD-{name}")
     real = extractor._replace(digest=weights.SHA256)
     assert (real.frechet_name, real.kernel_name) == ("FID", "KID")
+
+
+def test_the_jackknife_says_how_far_it_is():
+    ticks = []
+    x = RNG.standard_normal((40, 3))
+    frechet_jackknife(x, moments(x + 1), 8, lambda: ticks.append(1))
+    assert len(ticks) == 8
 
 
 # --- references ---

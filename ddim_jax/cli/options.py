@@ -27,14 +27,15 @@ class Source:
     Attributes:
       step: which checkpoint of a run folder, the latest by default.
       config: the network of a PyTorch checkpoint: cifar10, celeba64 or lsun256.
-      image_size: of a PyTorch checkpoint of another network, whose shapes tell the rest.
+      image_size: of a PyTorch checkpoint of another network, a side or height and width; its
+        shapes tell the rest.
       schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
       prediction: what the network predicts, in place of what the file says; noise if neither says.
     """
 
     step: int | None = None
     config: str | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     schedule: Literal["linear", "cosine"] | None = None
     prediction: Literal["eps", "x_0", "v"] | None = None
 
