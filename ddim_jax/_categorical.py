@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, is_concrete, per_image
-from ddim_jax.schedule import Schedule
+from ddim_jax.arrays import Array, ArrayLike, is_concrete, per_image
+from ddim_jax.process.schedule import Schedule
 
 
 class Coefficients(NamedTuple):

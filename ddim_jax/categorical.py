@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import _categorical as _math
-from ddim_jax._types import Array, ArrayLike, is_concrete, per_image
-from ddim_jax.schedule import Schedule
-from ddim_jax.timesteps import as_timesteps
+from ddim_jax.arrays import Array, ArrayLike, is_concrete, per_image
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.spacing import as_timesteps
 
 
 def log_one_hot(x: ArrayLike, num_categories: int) -> Array:

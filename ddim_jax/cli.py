@@ -12,12 +12,12 @@ import numpy as np
 import tyro
 
 from ddim_jax import parallel
-from ddim_jax.clipping import clip_x0
+from ddim_jax.sampling.clipping import clip_x0
 from ddim_jax.pretrained import Model, load_model, save_diffusers, save_model
 from ddim_jax.run_folder import Preempted
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.schedule import ScheduleConfig
-from ddim_jax.timesteps import timesteps
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.spacing import timesteps
 from ddim_jax.unet import count_params
 
 ERRORS = (ValueError, TypeError, OSError, ArithmeticError, ModuleNotFoundError)

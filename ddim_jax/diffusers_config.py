@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddim_jax import unet
-from ddim_jax.schedule import ScheduleConfig
+from ddim_jax.process.schedule import ScheduleConfig
 
 # Each setting of UNet2DModel that must have one value: diffusers' default for it, and that value.
 FIXED: dict[str, tuple[Any, Any]] = {

@@ -23,7 +23,7 @@ from ddim_jax.diffusers_config import (
     unet_config,
     unet_settings,
 )
-from ddim_jax.schedule import ScheduleConfig
+from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.state_dict import from_checkpoint, from_state_dict, to_state_dict
 from ddim_jax.torch_files import load_torch
 from ddim_jax.weights import read_safetensors, write_safetensors

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 import ddim_jax
 from ddim_jax._files import differences, write_whole
-from ddim_jax._types import Array
-from ddim_jax.clipping import clip_x0
+from ddim_jax.arrays import Array
+from ddim_jax.sampling.clipping import clip_x0
 from ddim_jax.images import to_uint8
 from ddim_jax.pretrained import Model
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.schedule import Schedule
-from ddim_jax.timesteps import as_timesteps, timesteps
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.spacing import as_timesteps, timesteps
 
 FORMAT = 1
 SETTINGS = "settings.json"

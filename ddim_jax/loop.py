@@ -37,8 +37,8 @@ from ddim_jax.data import Dataset, batch_indices, batches
 from ddim_jax.images import grid
 from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.schedule import Schedule
-from ddim_jax.timesteps import timesteps
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.spacing import timesteps
 from ddim_jax.training import (
     ApplyFn,
     Metrics,

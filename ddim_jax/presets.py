@@ -12,7 +12,7 @@ from typing import Literal
 from ddim_jax import data
 from ddim_jax.data import Dataset
 from ddim_jax.images import crop_resize
-from ddim_jax.schedule import ScheduleConfig
+from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.training import TrainConfig
 from ddim_jax.unet import UNetConfig
 

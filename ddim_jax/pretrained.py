@@ -7,23 +7,24 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ddim_jax import unet
-from ddim_jax._types import Array, Denoiser
+from ddim_jax.arrays import Array, Denoiser
 from ddim_jax.diffusers_format import (
     Contents,
     is_diffusers_weights,
     read_diffusers,
     write_diffusers,
 )
-from ddim_jax.process import PREDICTIONS
-from ddim_jax.schedule import Schedule, ScheduleConfig
+from ddim_jax.process import PREDICTIONS, Prediction, Schedule, ScheduleConfig, predicts
+from ddim_jax.process.prediction import prediction_of
 from ddim_jax.state_dict import from_checkpoint, from_state_dict, infer_config
 from ddim_jax.torch_files import is_torch_file, load_torch
 from ddim_jax.weights import load_weights, save_weights
@@ -42,12 +43,16 @@ RELEASED = re.compile(r"diffusion_(cifar10|lsun_\w+)_model(/model)?-\d+\.ckpt$")
 class Model(NamedTuple):
     """A trained network and all that sampling from it needs."""
 
-    apply_fn: Callable[..., Array]  # (params, x, t, dropout_key=None, labels=None) → prediction
+    apply_fn: Callable[..., Array]  # (params, x, t, labels=None), with what it predicts
     params: Any  # nested dict of float32 arrays, the moving average of training
     schedule: Schedule
-    config: unet.UNetConfig
-    facts: dict[str, Any]  # provenance: data, training, scores
-    prediction: str = "eps"  # what the network predicts: "eps", "x_0" or "v"
+    config: Any = None  # the UNetConfig of our network; None for networks of one's own
+    facts: Mapping[str, Any] = MappingProxyType({})  # provenance: data, training, scores
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts, and what is done to x̂_0; `predicts(model, …)` changes it."""
+        return prediction_of(self.apply_fn)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -60,7 +65,7 @@ class Model(NamedTuple):
 
         Inside your own `jax.jit` pass `params` as an argument instead, or they become constants.
         """
-        return partial(self.apply_fn, self.params)
+        return predicts(partial(self.apply_fn, self.params))
 
 
 def load_model(
@@ -91,8 +96,7 @@ def load_model(
         where nothing is.
 
     Returns:
-      A `Model`, its weights on the default device. Sample from it with
-      `make_sampler(..., prediction=model.prediction)`.
+      A `Model`, its weights on the default device; it knows what it predicts.
 
     Raises:
       FileNotFoundError: there is nothing of that name.
@@ -146,7 +150,8 @@ def load_model(
         raise ValueError(f"{path}: {error}") from error
     facts = {**stored.facts, **to_facts(schedule, config, prediction)}
     params = jax.device_put(stored.params)
-    return Model(unet.make_apply(config), params, built, config, facts, prediction)
+    apply_fn = predicts(unet.make_apply(config), prediction)
+    return Model(apply_fn, params, built, config, facts)
 
 
 def save_model(
@@ -171,7 +176,7 @@ def save_model(
       >>> ddim.load_model(path).image_shape
       (8, 8, 1)
     """
-    facts = {**model.facts, **to_facts(_schedule(model), model.config, model.prediction)}
+    facts = {**model.facts, **to_facts(_schedule(model), model.config, model.prediction.kind)}
     save_weights(path, model.params, facts, float16=float16, overwrite=overwrite)
 
 
@@ -196,9 +201,9 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
       (8, 8, 1)
     """
     schedule = _schedule(model)
-    facts = {**model.facts, **to_facts(schedule, model.config, model.prediction)}
+    facts = {**model.facts, **to_facts(schedule, model.config, model.prediction.kind)}
     write_diffusers(
-        pathlib.Path(folder), model.params, model.config, schedule, model.prediction, facts
+        pathlib.Path(folder), model.params, model.config, schedule, model.prediction.kind, facts
     )
 
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddim_jax import parallel
 from ddim_jax.images import to_model
-from ddim_jax.objective import loss
-from ddim_jax.schedule import Schedule
+from ddim_jax.process.objective import loss
+from ddim_jax.process.schedule import Schedule
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -217,7 +217,7 @@ def make_train_step(
       "grad_norm" (before clipping) and "param_norm" (after the update).
 
     Example:
-      >>> from ddim_jax.schedule import linear_schedule
+      >>> from ddim_jax.process.schedule import linear_schedule
       >>> def apply_fn(params, x, t, dropout_key=None):
       ...     return params["scale"] * x
       >>> config = TrainConfig(batch_size=4)

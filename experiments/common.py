@@ -36,7 +36,7 @@ from ddim_jax.evaluation import (
 )
 from ddim_jax.generate import generate, iter_shards
 from ddim_jax.presets import DataConfig
-from ddim_jax.schedule import ScheduleConfig
+from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.unet import make_apply
 from experiments.arguments import noise, num_samples
 from experiments.provenance import (

@@ -13,7 +13,7 @@ import scipy.linalg
 from PIL import Image
 
 import ddim_jax as ddim
-from ddim_jax.clipping import clip_x0
+from ddim_jax.sampling.clipping import clip_x0
 from ddim_jax.data import load
 from ddim_jax.images import to_uint8
 from experiments import (

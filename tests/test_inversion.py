@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import ddim_jax as ddim
-from ddim_jax import oracle
-from ddim_jax.inversion import encode, invert, reconstruct, reconstruction_error
+from ddim_jax.process import oracle
+from ddim_jax.sampling import encode, invert, reconstruct, reconstruction_error
 from tests import reference
 
 A = reference.alpha_bar_linear()
@@ -84,7 +84,7 @@ def test_encode_of_every_prediction_type_agrees(eps_at):
 
     tau, x_0 = ddim.timesteps(1000, 20), draw(EIGHT, 16)
     one, *others = (
-        encode(as_prediction(p), x_0, SCHEDULE, tau, eps_at=eps_at, prediction=p)
+        encode(ddim.predicts(as_prediction(p), p), x_0, SCHEDULE, tau, eps_at=eps_at)
         for p in ("eps", "x_0", "v")
     )
     for other in others:
@@ -181,10 +181,10 @@ def test_invert_against_the_closed_form_of_gaussian_data(seed, variance, mean, s
 def test_invert_other_predictions(prediction):
     network = {"x_0": lambda x, t: 0.6 * jnp.tanh(x), "v": lambda x, t: -0.3 * jnp.sin(x)}
     tau, x_0 = ddim.timesteps(1000, 20, "quadratic")[:12], jnp.linspace(-0.2, 0.2, 12).reshape(4, 3)
-    options = {"prediction": prediction}
-    x_T = invert(network[prediction], x_0, SCHEDULE, tau, **options).check()
+    denoise = ddim.predicts(network[prediction], prediction)
+    x_T = invert(denoise, x_0, SCHEDULE, tau).check()
     np.testing.assert_allclose(
-        ddim.sample(network[prediction], x_T, SCHEDULE, tau, **options), x_0, atol=1e-4
+        ddim.sample(denoise, x_T, SCHEDULE, tau), x_0, atol=1e-4
     )
 
 
@@ -250,6 +250,7 @@ def test_reconstruction_error_is_table_2s():
 
 ONES = jnp.ones((2, 3))
 ZERO_SNR = ddim.rescale_zero_terminal_snr(SCHEDULE)
+V = ddim.predicts(smooth_eps, "v")
 
 
 @pytest.mark.parametrize("function", [encode, invert, reconstruct])
@@ -260,7 +261,6 @@ ZERO_SNR = ddim.rescale_zero_terminal_snr(SCHEDULE)
         ({"tau": [10, 5]}, ValueError, "increase strictly"),
         ({"tau": [10, 2000]}, ValueError, "1..1000"),
         ({"denoise": lambda x, t: x[:1]}, ValueError, "shape of its input"),
-        ({"prediction": "score"}, ValueError, "unknown prediction"),
         ({"schedule": ZERO_SNR, "tau": [10, 1000]}, ValueError, "zero terminal SNR"),
     ],
 )
@@ -276,7 +276,7 @@ def test_bad_input(function, changes, error, message):
         (lambda: encode(smooth_eps, ONES, SCHEDULE, [10], eps_at="middle"), "eps_at"),
         (lambda: invert(smooth_eps, ONES, SCHEDULE, [10], tol=0.0), "tol"),
         (lambda: invert(smooth_eps, ONES, SCHEDULE, [10], max_iterations=0), "max_iterations"),
-        (lambda: invert(smooth_eps, ONES, ZERO_SNR, [1000], prediction="v"), "no inverse"),
+        (lambda: invert(V, ONES, ZERO_SNR, [1000]), "no inverse"),
         (lambda: reconstruction_error(ONES, ONES[:1]), "shape of x_0"),
     ],
 )

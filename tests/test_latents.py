@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ddim_jax as ddim
-from ddim_jax import oracle
-from ddim_jax.latents import same_latent, slerp, spherical_grid
+from ddim_jax.process import oracle
+from ddim_jax.sampling.latents import same_latent, slerp, spherical_grid
 
 SCHEDULE = ddim.linear_schedule(1000)
 

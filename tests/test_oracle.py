@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ddim_jax as ddim
-from ddim_jax import oracle
+from ddim_jax.process import oracle
 from tests import reference
 
 T = 1000

@@ -213,9 +213,9 @@ def test_forward_marginal_moments(key):
 def test_clipping_with_and_without_rederived_eps():
     """Trap 6: the two differ; re-derived is Eq. 7 with the clipped x̂_0 in place of x_0."""
     x_t, eps = jnp.array([[2.0, -0.1]]), jnp.array([[-1.0, 0.2]])
-    c = ddim.coefficients(SCHEDULE, 600, 400, eta=0.3)
-    kept, x_0 = ddim.step(c, x_t, eps, x0_fn=ddim.clip_x0(1.0), rederive_eps=False)
-    again, _ = ddim.step(c, x_t, eps, x0_fn=ddim.clip_x0(1.0))
+    c, clip = ddim.coefficients(SCHEDULE, 600, 400, eta=0.3), ddim.clip_x0(1.0)
+    kept, x_0 = ddim.step(c, x_t, eps, prediction=ddim.Prediction("eps", clip, rederive_eps=False))
+    again, _ = ddim.step(c, x_t, eps, prediction=ddim.Prediction("eps", clip))
     kappa, lam, _ = ddim.posterior(SCHEDULE, 600, 400, eta=0.3)
     assert float(jnp.abs(x_0).max()) <= 1
     np.testing.assert_allclose(again, kappa * x_t + lam * x_0, rtol=1e-5)

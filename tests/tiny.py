@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.data import Dataset
-from ddim_jax.schedule import linear_schedule
+from ddim_jax.process.schedule import linear_schedule
 from ddim_jax.training import TrainConfig
 from ddim_jax.unet import UNetConfig
 

@@ -53,7 +53,7 @@ def train(directory, config):
     """Trains on all devices of all processes, or goes on from the last checkpoint."""
     from ddim_jax.data import load
     from ddim_jax.loop import fit
-    from ddim_jax.schedule import linear_schedule
+    from ddim_jax.process.schedule import linear_schedule
     from ddim_jax.training import TrainConfig
 
     schedule, config = linear_schedule(1000), TrainConfig(**config)

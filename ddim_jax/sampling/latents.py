@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, Denoiser, is_concrete, per_image
-from ddim_jax.sampling import check_batch, sample
-from ddim_jax.schedule import Schedule
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, is_concrete, per_image
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.sampling.plan import Method
+from ddim_jax.sampling.sampler import sample
 
 
 class SameLatent(NamedTuple):
@@ -131,8 +132,8 @@ def same_latent(
     schedule: Schedule,
     taus: Sequence[ArrayLike],
     *,
+    method: Method | None = None,
     feature: Callable[[Array], Array] | None = None,
-    **options: Any,
 ) -> SameLatent:
     """The images of the same x_T under several τ, and how far apart they are (DDIM Figure 5, §5.2).
 
@@ -140,15 +141,15 @@ def same_latent(
 
     Args:
       denoise, x_T, schedule: as in `sample`; η = 0.
+      method: without noise, such as `adams_bashforth(2)`, in place of DDIM at η = 0.
       taus: K sequences τ, such as `[timesteps(1000, s) for s in (10, 20, 50, 100)]`.
       feature: φ: images (B, ...) → (B, ...); by default the pixels themselves.
-      **options: keyword options of `sample`, such as `prediction` or `x0_fn`.
 
     Returns:
       A `SameLatent`: images (K, B, ...) and distances (K, B), zero for the longest τ.
 
     Raises:
-      TypeError: x_T is not floating, or an option is unknown.
+      TypeError: x_T is not floating.
       ValueError: there is no τ, or as `sample`.
 
     Example:
@@ -163,9 +164,7 @@ def same_latent(
     """
     if len(taus) == 0 or np.ndim(taus[0]) != 1:
         raise ValueError("taus must be a list of at least one tau, such as [timesteps(1000, 10)]")
-    if refused := {"eta", "key", "sigma", "use_sigma_hat"} & set(options):
-        raise TypeError(f"same_latent compares at eta = 0 and takes no {sorted(refused)}")
-    images = jnp.stack([sample(denoise, x_T, schedule, tau, **options) for tau in taus])
+    images = jnp.stack([sample(denoise, x_T, schedule, tau, method=method) for tau in taus])
     features = [feature(x) if feature else x for x in images]
     longest = int(np.argmax([len(np.asarray(tau)) for tau in taus]))
     squares = [jnp.square(f - features[longest]).reshape(f.shape[0], -1) for f in features]

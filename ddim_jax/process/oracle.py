@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, Denoiser, is_concrete
-from ddim_jax.process import coefficients
-from ddim_jax.sampling import check_batch
-from ddim_jax.schedule import Schedule
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, is_concrete
+from ddim_jax.process.gaussian import coefficients
+from ddim_jax.process.schedule import Schedule
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from ddim_jax._types import Array
+from ddim_jax.arrays import Array
 
 
 def clip_x0(bound: float = 1.0) -> Callable[[Array], Array]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ddim_jax.schedule import Schedule
+from ddim_jax.process.schedule import Schedule
 
 
 def timesteps(

@@ -1,4 +1,4 @@
-"""The equations of DDIM: forward marginal, the family q_σ, σ(η), and one step t → s.
+"""The Gaussian family of DDIM: forward marginal, q_σ, σ(η), and the coefficients of a step.
 
 Every function is a pure function of arrays. `t` and `s` count 0..T as in the paper, `s < t`, and
 need not be neighbours. Where all of `schedule`, `t`, `s` and η are concrete, they are checked and
@@ -8,17 +8,14 @@ computed from log ᾱ in the trace's own precision, and a t, η or σ out of ran
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, is_concrete, per_image
-from ddim_jax.schedule import Schedule
-
-PREDICTIONS = ("eps", "x_0", "v")
+from ddim_jax.arrays import Array, ArrayLike, is_concrete, per_image, wide
+from ddim_jax.process.schedule import Schedule
 
 
 class Coefficients(NamedTuple):
@@ -55,10 +52,11 @@ def forward_marginal(schedule: Schedule, x_0: Array, t: ArrayLike, noise: Array)
       >>> ddim.forward_marginal(schedule, jnp.ones((1, 2)), 2, jnp.ones((1, 2))).tolist()
       [[1.4..., 1.4...]]
     """
-    _check_arrays(x_0, noise=noise)
+    check_arrays(x_0, noise=noise)
     a, b = _signal_and_noise(_log_alpha_bar(schedule, t, 0, "t"))
-    _check_batch(x_0, t=t)
-    return per_image(a, x_0) * x_0 + per_image(b, x_0) * noise
+    check_per_image(x_0, t=t)
+    x = wide(x_0)
+    return (per_image(a, x) * x + per_image(b, x) * noise.astype(x.dtype)).astype(x_0.dtype)
 
 
 def ddim_sigma(schedule: Schedule, t: ArrayLike, s: ArrayLike, eta: ArrayLike = 1.0) -> ArrayLike:
@@ -197,181 +195,9 @@ def coefficients(
             f"sigma**2 must not exceed 1 - alpha_bar[s] = {limit:.6g}, which is 0 at s = 0; eta in "
             "[0, 1] always fits"
         )
-    direction = xp.sqrt(xp.where(radicand < -tolerance, xp.nan, xp.maximum(radicand, 0)))
+    direction = _sqrt(xp, xp.where(radicand < -tolerance, xp.nan, xp.maximum(radicand, 0)))
     noise_scale = _hat(log_t, log_s) if use_sigma_hat else std
     return Coefficients(*xp.broadcast_arrays(a_t, b_t, a_s, direction, noise_scale))
-
-
-def to_x0_eps(
-    c: Coefficients, x_t: Array, output: Array, prediction: str = "eps"
-) -> tuple[Array, Array]:
-    """Turn a network's output of any prediction type into (x̂_0, ε).
-
-    From x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε (Eq. 4) and v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans & Ho
-    2022, App. D): two of the four fix the others.
-
-    Args:
-      c: `coefficients(schedule, t, s)`; only those of t are used.
-      x_t: (B, ...) the noisy input.
-      output: (B, ...) ε, x̂_0 or v, as `prediction` says.
-      prediction: `"eps"`, `"x_0"` or `"v"`.
-
-    Returns:
-      (x̂_0, ε), each (B, ...).
-
-    Raises:
-      ValueError: the prediction type is unknown, or ε is used where ᾱ_t = 0.
-
-    Example:
-      >>> import ddim_jax as ddim, jax.numpy as jnp
-      >>> c = ddim.coefficients(ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36]), 2, 1)
-      >>> x_0, eps = ddim.to_x0_eps(c, jnp.full((1, 1), 1.4), jnp.ones((1, 1)))
-      >>> round(x_0.item(), 4), eps.item()
-      (1.0, 1.0)
-    """
-    a, b = per_image(c.sqrt_alpha_bar_t, x_t), per_image(c.sqrt_one_minus_alpha_bar_t, x_t)
-    if prediction == "eps":
-        check_signal(c, prediction)
-        return (x_t - b * output) / a, output
-    if prediction == "x_0":
-        return output, (x_t - a * output) / b
-    if prediction == "v":
-        return a * x_t - b * output, b * x_t + a * output
-    raise ValueError(f"unknown prediction type {prediction!r}; choose one of {PREDICTIONS}")
-
-
-def from_x0_eps(c: Coefficients, x_0: Array, eps: Array, prediction: str = "eps") -> Array:
-    """The network output of type `prediction` that stands for (x_0, ε): `to_x0_eps` undone.
-
-    Args:
-      c: `coefficients(schedule, t, s)`; only those of t are used.
-      x_0: (B, ...) data.
-      eps: (B, ...) noise.
-      prediction: `"eps"`, `"x_0"` or `"v"` = √ᾱ_t ε − √(1 − ᾱ_t) x_0.
-
-    Returns:
-      (B, ...) ε, x_0 or v.
-
-    Raises:
-      ValueError: the prediction type is unknown.
-
-    Example:
-      >>> import ddim_jax as ddim, jax.numpy as jnp
-      >>> c = ddim.coefficients(ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36]), 2, 1)
-      >>> round(ddim.from_x0_eps(c, jnp.ones((1, 1)), jnp.ones((1, 1)), "v").item(), 4)
-      -0.2
-    """
-    a, b = per_image(c.sqrt_alpha_bar_t, x_0), per_image(c.sqrt_one_minus_alpha_bar_t, x_0)
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"unknown prediction type {prediction!r}; choose one of {PREDICTIONS}")
-    return {"eps": eps, "x_0": x_0, "v": a * eps - b * x_0}[prediction]
-
-
-def step(
-    c: Coefficients,
-    x_t: Array,
-    output: Array,
-    noise: Array | None = None,
-    *,
-    prediction: str = "eps",
-    x0_fn: Callable[[Array], Array] | None = None,
-    rederive_eps: bool = True,
-) -> tuple[Array, Array]:
-    """One step t → s from precomputed coefficients (DDIM Eq. 12).
-
-    x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε + σ z
-
-    Args:
-      c: `coefficients(schedule, t, s, eta)`.
-      x_t: (B, ...).
-      output: (B, ...) the network's output at (x_t, t).
-      noise: z ~ N(0, I) of x_t's shape, or None for σ = 0.
-      prediction: what the output is: `"eps"`, `"x_0"` or `"v"`.
-      x0_fn: applied to x̂_0, e.g. `clip_x0(1.0)`; None leaves x̂_0 alone, as the authors do.
-      rederive_eps: after x0_fn, recompute ε = (x_t − √ᾱ_t x̂_0)/√(1 − ᾱ_t), so that the step is
-        Eq. 7 with x̂_0 for x_0; False keeps the network's own ε.
-
-    Returns:
-      (x_s, x̂_0), each (B, ...).
-
-    Example:
-      >>> import ddim_jax as ddim, jax.numpy as jnp
-      >>> c = ddim.coefficients(ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36]), 2, 1)
-      >>> x_s, x_0 = ddim.step(c, jnp.full((1, 1), 1.4), jnp.ones((1, 1)))
-      >>> round(x_s.item(), 4), round(x_0.item(), 4)
-      (1.4, 1.0)
-    """
-    x_0, eps = to_x0_eps(c, x_t, output, prediction)
-    if x0_fn is not None:
-        x_0 = x0_fn(x_0)
-        if rederive_eps:
-            eps = to_x0_eps(c, x_t, x_0, "x_0")[1]
-    x_s = per_image(c.sqrt_alpha_bar_s, x_t) * x_0 + per_image(c.direction, x_t) * eps
-    if noise is not None:
-        x_s = x_s + per_image(c.sigma, x_t) * noise
-    return x_s, x_0
-
-
-def ddim_step(
-    schedule: Schedule,
-    x_t: Array,
-    eps: Array,
-    t: ArrayLike,
-    s: ArrayLike,
-    eta: ArrayLike = 0.0,
-    noise: Array | None = None,
-    *,
-    sigma: ArrayLike | None = None,
-    prediction: str = "eps",
-) -> Array:
-    """One DDIM step t → s (DDIM Eq. 12).
-
-    x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε + σ z, with x̂_0 = (x_t − √(1 − ᾱ_t) ε)/√ᾱ_t (Eq. 9).
-
-    Args:
-      schedule: the noise schedule.
-      x_t: (B, ...) floating.
-      eps: (B, ...) ε_θ(x_t, t), or what `prediction` names.
-      t: int scalar or (B,) in 1..T.
-      s: int scalar or (B,) in 0..t − 1: the next element of τ, not t − 1.
-      eta: η ≥ 0 of Eq. 16.
-      noise: z ~ N(0, I), shape of x_t; needed unless σ = 0.
-      sigma: σ itself, in place of η.
-      prediction: `"eps"`, `"x_0"` or `"v"`.
-
-    Returns:
-      x_s, shape and dtype of x_t.
-
-    Raises:
-      TypeError: x_t is not floating, or t or s is not integer.
-      ValueError: t, s, η or σ is out of range, shapes do not agree, or σ > 0 without noise.
-
-    Example:
-      >>> import ddim_jax as ddim, jax.numpy as jnp
-      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36])
-      >>> x_2 = jnp.full((1, 1), 1.4)
-      >>> round(ddim.ddim_step(schedule, x_2, jnp.ones((1, 1)), t=2, s=1).item(), 4)
-      1.4
-    """
-    _check_arrays(x_t, eps=eps, **({} if noise is None else {"noise": noise}))
-    _check_batch(x_t, t=t, s=s, eta=eta, sigma=sigma)
-    c = coefficients(schedule, t, s, eta, sigma=sigma)
-    if noise is None and not (is_concrete(c.sigma) and not np.any(c.sigma)):
-        raise ValueError(
-            f"eta = {eta}, sigma = {sigma} may add noise: pass noise=jax.random.normal(key, "
-            "x_t.shape, x_t.dtype), or eta = 0 for the deterministic step"
-        )
-    return step(c, x_t, eps, noise, prediction=prediction)[0]
-
-
-def check_signal(c: Coefficients, prediction: str) -> None:
-    """Refuse ε-prediction where ᾱ_t = 0: x̂_0 = (x_t − ε)/0."""
-    a = c.sqrt_alpha_bar_t
-    if prediction == "eps" and is_concrete(a) and not np.all(np.asarray(a) > 0):
-        raise ValueError(
-            "alpha_bar[t] = 0 (zero terminal SNR): ε leaves x_0 undefined there; use a network "
-            'with prediction="v" or "x_0", or a tau that stops before T'
-        )
 
 
 def _namespace(*values: ArrayLike) -> Any:
@@ -382,12 +208,17 @@ def _namespace(*values: ArrayLike) -> Any:
 def _signal_and_noise(log_alpha_bar: Any) -> tuple[Any, Any]:
     """(√ᾱ, √(1 − ᾱ)), both to full relative precision."""
     xp = _namespace(log_alpha_bar)
-    return xp.exp(log_alpha_bar / 2), xp.sqrt(-xp.expm1(log_alpha_bar))
+    return xp.exp(log_alpha_bar / 2), _sqrt(xp, -xp.expm1(log_alpha_bar))
 
 
 def _hat(log_t: Any, log_s: Any) -> Any:
     xp = _namespace(log_t, log_s)
-    return xp.sqrt(-xp.expm1(log_t - log_s))
+    return xp.sqrt(-xp.expm1(log_t - log_s))  # > 0, as s < t
+
+
+def _sqrt(xp: Any, x: Any) -> Any:
+    """√x whose derivative at 0 is 0, not ∞: every 0 here stays 0 whatever η, σ and ᾱ are."""
+    return xp.where(x == 0, 0, xp.sqrt(xp.where(x == 0, 1, x)))
 
 
 def _eta_sigma(log_t: Any, log_s: Any, eta: Any) -> Any:
@@ -431,7 +262,8 @@ def _log_alpha_bar(schedule: Schedule, t: ArrayLike, low: int, name: str) -> Any
     return table.at[jnp.asarray(t).astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
 
 
-def _check_arrays(x: Array, **others: Array) -> None:
+def check_arrays(x: Array, **others: Array) -> None:
+    """Require a floating x, and others of its shape."""
     if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
         raise TypeError(
             f"expected a floating array, got {getattr(x, 'dtype', type(x).__name__)}; scale uint8 "
@@ -442,7 +274,8 @@ def _check_arrays(x: Array, **others: Array) -> None:
             raise ValueError(f"{name} must have the shape of x, {x.shape}, got {np.shape(other)}")
 
 
-def _check_batch(x: Array, **values: ArrayLike | None) -> None:
+def check_per_image(x: Array, **values: ArrayLike | None) -> None:
+    """Require scalars, or one value per image of x."""
     for name, value in values.items():
         shape = np.shape(value) if value is not None else ()
         if shape != () and (x.ndim == 0 or shape != x.shape[:1]):

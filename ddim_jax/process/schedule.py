@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, is_concrete
+from ddim_jax.arrays import Array, ArrayLike, is_concrete
 
 
 @jax.tree_util.register_dataclass

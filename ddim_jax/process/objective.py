@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, Denoiser
-from ddim_jax.process import coefficients, forward_marginal, from_x0_eps
-from ddim_jax.sampling import call, check_batch
-from ddim_jax.schedule import Schedule
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, normal
+from ddim_jax.process.gaussian import coefficients, forward_marginal
+from ddim_jax.process.prediction import from_x0_eps, prediction_of
+from ddim_jax.process.schedule import Schedule
 
 
 def loss(
@@ -21,7 +21,6 @@ def loss(
     key: Array,
     gamma: Array | None = None,
     *,
-    prediction: str = "eps",
     indices: ArrayLike | None = None,
 ) -> Array:
     """One unbiased draw of L_γ/T per image, averaged over batch and pixels (DDIM Eq. 5).
@@ -32,12 +31,12 @@ def loss(
     from `fold_in(key, k)`, so that they do not depend on how a batch is split over devices.
 
     Args:
-      denoise: (x (B, ...), t (B,) in 1..T) → (B, ...).
+      denoise: (x (B, ...), t (B,) in 1..T) → (B, ...), compared on what it predicts: ε, x_0 or v,
+        see `predicts`.
       schedule: the noise schedule.
       x_0: (B, ...) floating data, scaled to [−1, 1].
       key: a JAX random key; a new one each step.
       gamma: (T+1,) weights γ_t, γ_0 unused; None for γ = 1.
-      prediction: what the network predicts and is compared on: `"eps"`, `"x_0"` or `"v"`.
       indices: (B,) the numbers k of the images in their batch, for one that is worked through in
         parts; 0..B − 1 by default.
 
@@ -63,12 +62,12 @@ def loss(
     numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
     keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(key, k)))(numbers)
     t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1))(keys[:, 0])
-    draw: Callable[[Array], Array] = lambda k: jax.random.normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731
+    draw: Callable[[Array], Array] = lambda k: normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731
     noise = jax.vmap(draw)(keys[:, 1])
     output = call(denoise, forward_marginal(schedule, x_0, t, noise), t)
-    target = noise
-    if prediction != "eps":
-        target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, prediction)
+    kind, target = prediction_of(denoise).kind, noise
+    if kind != "eps":
+        target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, kind)
     error = (output - target).astype(jnp.float32) ** 2
     if gamma is not None:
         error = error * jnp.asarray(gamma, jnp.float32)[t].reshape(-1, *(1,) * (x_0.ndim - 1))

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._types import Array, ArrayLike, Denoiser
-from ddim_jax.process import Coefficients, coefficients, to_x0_eps
-from ddim_jax.sampling import trajectory
-from ddim_jax.schedule import Schedule
-from ddim_jax.timesteps import as_timesteps, timesteps
+from ddim_jax.arrays import Array, ArrayLike, Denoiser
+from ddim_jax.process.gaussian import Coefficients, coefficients
+from ddim_jax.process.prediction import to_x0_eps
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.spacing import as_timesteps, timesteps
+from ddim_jax.sampling.sampler import trajectory
 
 
 class StepErrors(NamedTuple):
@@ -34,8 +35,6 @@ def step_errors(
     x_T: Array,
     schedule: Schedule,
     candidates: Sequence[int] | np.ndarray | None = None,
-    *,
-    prediction: str = "eps",
 ) -> StepErrors:
     """The error of every step t → s of DDIM at η = 0, started on the fine trajectory.
 
@@ -47,12 +46,11 @@ def step_errors(
     T network calls and memory for one trajectory; under `jax.jit` weights can be arguments.
 
     Args:
-      denoise: (x (B, ...), t (B,) int32 in 1..T) → (B, ...), the network's prediction.
+      denoise: as in `sample`: the network, with what it predicts.
       x_T: (B, ...) floating latents; 64 give a good τ. See `initial_noise`.
       schedule: the noise schedule.
       candidates: (G,) strictly increasing ints in 1..T that τ may be made of; by default
         `timesteps(T, min(T, 200))`. Work grows with G², memory with G.
-      prediction: what the network predicts: `"eps"`, `"x_0"` or `"v"`.
 
     Returns:
       `StepErrors`, float32, for `optimise_timesteps`.
@@ -71,9 +69,7 @@ def step_errors(
     """
     T = schedule.num_steps
     t = timesteps(T, min(T, 200)) if candidates is None else as_timesteps(list(candidates), T)
-    path = trajectory(
-        denoise, x_T, schedule, np.arange(1, T + 1), at=t.tolist(), prediction=prediction
-    )
+    path = trajectory(denoise, x_T, schedule, np.arange(1, T + 1), at=t.tolist())
     x_t, x_0 = path.x_t[::-1], path.x_0[::-1]  # (G, B, ...), t increasing
     c = coefficients(schedule, t, t * 0)
     eps = jax.vmap(lambda c, x_t, x_0: to_x0_eps(c, x_t, x_0, "x_0")[1])(_cast(c, x_t), x_t, x_0)
