@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import io
 import json
 import math
 import os
@@ -12,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from ddim_jax.images import decode
 
 DATA_DIR_VARIABLE = "DDIM_JAX_DATA"
 CACHE_BYTES = 2**31  # data sets up to this size are decoded once and then kept in memory
@@ -33,10 +33,7 @@ class Records:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Image `index`, decoded by Pillow whatever else is installed, and its label or −1."""
         record = self.source[int(index)]
-        with Image.open(io.BytesIO(record["image"])) as picture:
-            channels = self.channels or (1 if picture.mode in ("1", "L") else 3)
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-        image = pixels.reshape(*pixels.shape[:2], channels)
+        image = decode(record["image"], self.channels)
         return image, -1 if self.num_classes is None else int(record["label"])
 
 

@@ -17,14 +17,15 @@ class UNetConfig:
     """Shape of the U-Net; the defaults are the CIFAR-10 network, 35,746,307 parameters.
 
     Args:
-        image_size: side in pixels, at which `attention_resolutions` are counted; a multiple of
-            2**(len(multipliers) - 1).
+        image_size: side in pixels of square images, or (height, width); multiples of
+            2**(len(multipliers) - 1). The weights do not depend on it.
         in_channels: channels of the image, and of the output.
         channels: width at full resolution, a multiple of 32 (GroupNorm has 32 groups).
         multipliers: width of each level in units of `channels`; each level halves the resolution.
         num_blocks: residual blocks per level on the way down (one more on the way up).
-        attention_resolutions: resolutions whose residual blocks are followed by self-attention;
-            the middle of the network always has it.
+        attention_resolutions: resolutions whose residual blocks are followed by self-attention
+            over all pixels; the middle of the network always has it. Of oblong images the shorter
+            side counts, as in `resolutions`.
         dropout: rate inside residual blocks, in [0, 1).
         num_classes: number of labels, or None for an unconditional network.
         dtype: "float32" or "bfloat16", of the activations. Parameters, GroupNorm statistics,
@@ -37,9 +38,11 @@ class UNetConfig:
     Example:
         >>> UNetConfig(image_size=256, multipliers=(1, 1, 2, 2, 4, 4)).resolutions
         (256, 128, 64, 32, 16, 8)
+        >>> UNetConfig(image_size=(32, 48)).image_shape
+        (32, 48, 3)
     """
 
-    image_size: int = 32
+    image_size: int | tuple[int, int] = 32
     in_channels: int = 3
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -52,8 +55,16 @@ class UNetConfig:
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Resolution of each level, `image_size` first."""
-        return tuple(self.image_size // 2**level for level in range(len(self.multipliers)))
+        """Resolution of each level, the shorter side of `image_size` first."""
+        side = min(self.image_shape[:2])
+        return tuple(side // 2**level for level in range(len(self.multipliers)))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images."""
+        size = self.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height, width, self.in_channels
 
     @property
     def downsampling(self) -> int:
@@ -61,9 +72,16 @@ class UNetConfig:
         return int(2 ** (len(self.multipliers) - 1))
 
     def __post_init__(self) -> None:
-        names = ["image_size", "in_channels", "channels", "num_blocks"]
+        size = self.image_size
+        if isinstance(size, int):
+            sizes = {"image_size": size}
+        elif isinstance(size, tuple) and len(size) == 2:
+            sizes = {f"image_size[{i}]": side for i, side in enumerate(size)}
+        else:
+            raise TypeError(f"image_size must be an int or a tuple (height, width), got {size!r}")
+        names = ["in_channels", "channels", "num_blocks"]
         names += ["num_classes"] if self.num_classes is not None else []
-        counts = {name: getattr(self, name) for name in names}
+        counts = sizes | {name: getattr(self, name) for name in names}
         for name in ("multipliers", "attention_resolutions"):
             if not isinstance(getattr(self, name), tuple):
                 raise TypeError(f"{name} must be a tuple of ints, got {getattr(self, name)!r}")
@@ -78,7 +96,8 @@ class UNetConfig:
                 f"channels must be a multiple of {NUM_GROUPS}, the number of groups of GroupNorm; "
                 f"got {self.channels}, try {math.ceil(self.channels / NUM_GROUPS) * NUM_GROUPS}"
             )
-        check_divisible("image_size", self.image_size, self)
+        for name, side in sizes.items():
+            check_divisible(name, side, self)
         if unknown := set(self.attention_resolutions) - set(self.resolutions):
             raise ValueError(
                 f"attention_resolutions must be among this network's {self.resolutions}, "

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ddim_jax import unet
+from ddim_jax._unet_config import UNetConfig
 from ddim_jax.process.schedule import ScheduleConfig
 
 # Each setting of UNet2DModel that must have one value: diffusers' default for it, and that value.
@@ -37,7 +37,7 @@ KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v
 PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 
 
-def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> unet.UNetConfig:
+def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> UNetConfig:
     """Our configuration of a `UNet2DModel` of that config.json, if it is Ho et al.'s network.
 
     Args:
@@ -72,10 +72,10 @@ def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> 
         size, channels = settings["sample_size"], settings.get("in_channels", 3)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"config.json does not say the shape of the network: {error}") from error
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    if not isinstance(size, int):
-        raise ValueError(f"sample_size is {size!r} in config.json, an int is needed: square images")
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):
+        size = size[0] if size[0] == size[1] else (size[0], size[1])
+    if type(size) not in (int, tuple):
+        raise ValueError(f"sample_size is {size!r} in config.json, a side or [H, W] is needed")
     if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels is {widths}: not multiples of the first of them")
     _need("down_block_types", len(down), len(widths), "the length of block_out_channels")
@@ -103,19 +103,21 @@ def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> 
             f"num_class_embeds is {settings.get('num_class_embeds')!r} in config.json: networks "
             "with labels are read only where ddim_jax wrote them, as ours have one for 'no label'"
         )
-    return unet.UNetConfig(
+    config = UNetConfig(
         image_size=size,
         in_channels=channels,
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
         num_blocks=settings.get("layers_per_block", 2),
-        attention_resolutions=tuple(size // 2**i for i in attended),
+        attention_resolutions=(),
         dropout=float(settings.get("dropout", 0.0)),
         num_classes=num_classes,
     )
+    resolutions = tuple(config.resolutions[i] for i in attended)
+    return dataclasses.replace(config, attention_resolutions=resolutions)
 
 
-def unet_settings(config: unet.UNetConfig) -> dict[str, Any]:
+def unet_settings(config: UNetConfig) -> dict[str, Any]:
     """The config.json of a `UNet2DModel` that is this network: `unet_config` undone.
 
     Args:
@@ -128,10 +130,10 @@ def unet_settings(config: unet.UNetConfig) -> dict[str, Any]:
       ValueError: diffusers has no such network.
 
     Example:
-      >>> settings = unet_settings(unet.UNetConfig())
+      >>> settings = unet_settings(UNetConfig())
       >>> settings["down_block_types"]
       ['DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D']
-      >>> unet_config(settings) == unet.UNetConfig()
+      >>> unet_config(settings) == UNetConfig()
       True
     """
     if config.multipliers[0] != 1:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddim_jax import unet
+from ddim_jax._unet_config import Params, UNetConfig
 from ddim_jax.diffusers_config import (
     schedule_config,
     scheduler_settings,
@@ -59,8 +59,8 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 class Contents(NamedTuple):
     """What a file or folder of weights holds."""
 
-    params: unet.Params
-    config: unet.UNetConfig
+    params: Params
+    config: UNetConfig
     schedule: ScheduleConfig | None  # None: it does not say
     prediction: str  # "eps", "x_0" or "v"
     facts: dict[str, Any]
@@ -113,8 +113,8 @@ def read_diffusers(folder: pathlib.Path) -> Contents:
 
 def write_diffusers(
     folder: pathlib.Path,
-    params: unet.Params,
-    config: unet.UNetConfig,
+    params: Params,
+    config: UNetConfig,
     schedule: ScheduleConfig,
     prediction: str,
     facts: Mapping[str, Any],
@@ -166,11 +166,11 @@ def write_diffusers(
         os.replace(temporary, folder)
 
 
-def diffusers_name(name: str, config: unet.UNetConfig) -> str:
+def diffusers_name(name: str, config: UNetConfig) -> str:
     """The DDIM authors' name of a tensor in diffusers' words.
 
     Example:
-      >>> diffusers_name("up.0.attn.1.q.weight", unet.UNetConfig())
+      >>> diffusers_name("up.0.attn.1.q.weight", UNetConfig())
       'up_blocks.3.attentions.1.to_q.weight'
     """
     last = len(config.multipliers) - 1  # diffusers counts the way up from below

@@ -132,32 +132,7 @@ def fit(
     """
     directory = pathlib.Path(directory)
     folder = directory / "checkpoints"
-    if resume not in ("never", "auto", "must"):
-        raise ValueError(f"resume must be 'never', 'auto' or 'must', got {resume!r}")
-    if num_classes not in (None, dataset.num_classes):
-        raise ValueError(
-            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
-        )
-    mesh = parallel.make_mesh(config.fsdp)
-    if config.batch_size % (mesh.size * config.accumulate):
-        raise ValueError(
-            f"batch_size = {config.batch_size} in accumulate = {config.accumulate} parts cannot be "
-            f"split over {mesh.size} devices: make it a multiple of "
-            f"{mesh.size * config.accumulate}"
-        )
-    log_path = directory / LOG
-    logged_before = log_path.exists() and log_path.stat().st_size
-    if resume == "never" and (saved_steps(folder) or logged_before):
-        raise FileExistsError(
-            f"{directory} already holds a run; resume it, or choose another folder"
-        )
-    if resume == "must" and not saved_steps(folder):
-        raise CheckpointError(
-            f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
-            "none"
-        )
-    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **(facts or {})}
-    config_dict = json.loads(json.dumps(config_dict))  # as a checkpoint returns it
+    mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
     params = jax.tree.map(np.asarray, params)
     like = jax.eval_shape(lambda p: init_state(p, config), params)
     sharding = parallel.state_sharding(mesh, like)
@@ -277,6 +252,55 @@ def flops_per_image(
     plain = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     counted = jax.jit(apply_fn).lower(plain, x, t, **labels).cost_analysis() or {}
     return max(float(counted.get("flops", 0)), 0.0) / shape[0]
+
+
+def check_run(
+    dataset: Dataset,
+    config: TrainConfig,
+    directory: str | PathLike[str],
+    facts: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    resume: Literal["never", "auto", "must"] = "never",
+) -> tuple[Mesh, dict[str, Any]]:
+    """All that `fit` can know before it writes anything: whether this run may begin, or go on.
+
+    Args:
+      dataset, config, directory, facts, num_classes, resume: as in `fit`.
+
+    Returns:
+      The mesh, and the configuration that the checkpoints are to hold.
+
+    Raises:
+      FileExistsError, CheckpointError, ValueError: as `fit`.
+    """
+    directory = pathlib.Path(directory)
+    folder = directory / "checkpoints"
+    if resume not in ("never", "auto", "must"):
+        raise ValueError(f"resume must be 'never', 'auto' or 'must', got {resume!r}")
+    if num_classes not in (None, dataset.num_classes):
+        raise ValueError(
+            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
+        )
+    mesh = parallel.make_mesh(config.fsdp)
+    if config.batch_size % (mesh.size * config.accumulate):
+        raise ValueError(
+            f"batch_size = {config.batch_size} in accumulate = {config.accumulate} parts cannot be "
+            f"split over {mesh.size} devices: make it a multiple of "
+            f"{mesh.size * config.accumulate}"
+        )
+    log_path = directory / LOG
+    logged_before = log_path.exists() and log_path.stat().st_size
+    if resume == "never" and (saved_steps(folder) or logged_before):
+        raise FileExistsError(
+            f"{directory} already holds a run; resume it, or choose another folder"
+        )
+    if resume == "must" and not saved_steps(folder):
+        raise CheckpointError(
+            f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
+            "none"
+        )
+    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **(facts or {})}
+    return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

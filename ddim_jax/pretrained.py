@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddim_jax import unet
 from ddim_jax.arrays import Array, Denoiser
+from ddim_jax._unet_config import UNetConfig, check_params
 from ddim_jax.diffusers_format import (
     Contents,
     is_diffusers_weights,
@@ -32,9 +32,9 @@ from ddim_jax.weights import load_weights, save_weights
 SHIPPED = pathlib.Path(__file__).parent / "models"
 # The networks of the paper, all with the linear schedule. Weights files do not hold dropout.
 PAPER = {
-    "cifar10": unet.UNetConfig(dropout=0.0),
-    "celeba64": unet.UNetConfig(image_size=64, multipliers=(1, 2, 2, 2, 4), dropout=0.0),
-    "lsun256": unet.UNetConfig(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0),
+    "cifar10": UNetConfig(dropout=0.0),
+    "celeba64": UNetConfig(image_size=64, multipliers=(1, 2, 2, 2, 4), dropout=0.0),
+    "lsun256": UNetConfig(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0),
 }
 # As released: ema_diffusion_cifar10_model/model-790000.ckpt, diffusion_cifar10_model-790000.ckpt
 RELEASED = re.compile(r"diffusion_(cifar10|lsun_\w+)_model(/model)?-\d+\.ckpt$")
@@ -57,7 +57,7 @@ class Model(NamedTuple):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of its images."""
-        return (self.config.image_size, self.config.image_size, self.config.in_channels)
+        return self.config.image_shape
 
     @property
     def denoise(self) -> Denoiser:
@@ -73,8 +73,8 @@ def load_model(
     *,
     step: int | None = None,
     ema: bool = True,
-    config: unet.UNetConfig | str | None = None,
-    image_size: int | None = None,
+    config: UNetConfig | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
     schedule: ScheduleConfig | None = None,
     prediction: str | None = None,
 ) -> Model:
@@ -90,7 +90,7 @@ def load_model(
         themselves.
       config: the network, in place of the one that is stored or inferred; or the name of a network
         of the paper, "cifar10", "celeba64" or "lsun256", each with the linear schedule.
-      image_size: of a PyTorch checkpoint, from which the rest of the network is inferred.
+      image_size: of a PyTorch checkpoint, a side or (H, W); the rest of the network is inferred.
       schedule: the noise schedule, in place of the one that is stored, if any.
       prediction: what the network predicts, "eps", "x_0" or "v", in place of what is stored; "eps"
         where nothing is.
@@ -110,6 +110,8 @@ def load_model(
       >>> ddim.sample(model.denoise, x_T, model.schedule, ddim.timesteps(1000, 5)).shape
       (2, 8, 8, 1)
     """
+    from ddim_jax import unet  # here, as flax takes half a second to import
+
     path = _find(source)
     if isinstance(config, str):
         if config not in PAPER:
@@ -125,7 +127,7 @@ def load_model(
         raise ValueError("image_size is for PyTorch checkpoints, in place of config")
     try:
         if run:
-            stored = _read_run(path / "checkpoints", step, "ema" if ema else "params")
+            stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
         elif path.is_dir():
             stored = read_diffusers(path)
         elif torch:
@@ -143,7 +145,7 @@ def load_model(
                 "if it is the paper's, linear from 1e-4 to 0.02 with T = 1000"
             )
         built = schedule.build()
-        unet.check_params(stored.params, unet.abstract_params(config))
+        check_params(stored.params, unet.abstract_params(config))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         if str(error).startswith((str(path), str(path.resolve()))):
             raise
@@ -208,7 +210,7 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
 
 
 def to_facts(
-    schedule: ScheduleConfig, model: unet.UNetConfig, prediction: str = "eps"
+    schedule: ScheduleConfig, model: UNetConfig, prediction: str = "eps"
 ) -> dict[str, Any]:
     """What a checkpoint or weights file must carry to rebuild schedule and network."""
     return {
@@ -218,7 +220,7 @@ def to_facts(
     }
 
 
-def from_facts(facts: dict[str, Any]) -> tuple[ScheduleConfig, unet.UNetConfig]:
+def from_facts(facts: dict[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:
     """Schedule and network configuration back from `to_facts`, through JSON or not.
 
     Args:
@@ -231,7 +233,7 @@ def from_facts(facts: dict[str, Any]) -> tuple[ScheduleConfig, unet.UNetConfig]:
       ValueError: a part is missing, or has fields this version does not know.
 
     Example:
-      >>> facts = to_facts(ScheduleConfig(), unet.UNetConfig(multipliers=(1, 2)))
+      >>> facts = to_facts(ScheduleConfig(), UNetConfig(multipliers=(1, 2)))
       >>> schedule, model = from_facts(facts)
       >>> schedule.num_steps, model.multipliers
       (1000, (1, 2))
@@ -240,7 +242,7 @@ def from_facts(facts: dict[str, Any]) -> tuple[ScheduleConfig, unet.UNetConfig]:
         model: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()
         }
-        return ScheduleConfig(**facts["schedule"]), unet.UNetConfig(**model)
+        return ScheduleConfig(**facts["schedule"]), UNetConfig(**model)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no model and schedule that this version understands: {error}") from error
 
@@ -264,14 +266,30 @@ def _ours(params: Any, facts: dict[str, Any]) -> Contents:
     return Contents(params, config, schedule, facts.get("prediction", "eps"), facts)
 
 
-def _read_run(folder: pathlib.Path, step: int | None, part: str) -> Contents:
+def _read_run(
+    folder: pathlib.Path, step: int | None, part: str, config: UNetConfig | None
+) -> Contents:
     from ddim_jax.checkpoint import restore_config, restore_part
 
-    return _ours(restore_part(folder, part, step), restore_config(folder, step))
+    facts = restore_config(folder, step)
+    if "model" in facts:
+        return _ours(restore_part(folder, part, step), facts)
+    if config is None:
+        raise ValueError(
+            "this run does not say its network, as fit(...) was given no facts. If it is a U-Net "
+            "of ddim_jax, pass config=UNetConfig(...) and schedule=ScheduleConfig(...). Of a "
+            "network of your own read the moving average by ddim_jax.checkpoint.restore_part("
+            f"{str(folder)!r}, 'ema'), and sample with make_sampler. Of the next run load_model "
+            "knows more with fit(..., facts=to_facts(schedule, config))"
+        )
+    return Contents(restore_part(folder, part, step), config, None, "eps", facts)
 
 
 def _read_torch(
-    path: pathlib.Path, ema: bool, config: unet.UNetConfig | None, image_size: int | None
+    path: pathlib.Path,
+    ema: bool,
+    config: UNetConfig | None,
+    image_size: int | tuple[int, int] | None,
 ) -> Contents:
     state, facts = from_checkpoint(load_torch(path), ema)
     schedule = None

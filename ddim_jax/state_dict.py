@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import unet
+from ddim_jax._unet_config import Params, UNetConfig
 
 POINTWISE = ("q", "k", "v", "proj_out", "nin_shortcut")  # 1×1 convolutions in PyTorch
 SUFFIX = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
-def to_state_dict(params: unet.Params) -> dict[str, np.ndarray]:
+def to_state_dict(params: Params) -> dict[str, np.ndarray]:
     """Parameters under the DDIM authors' names, as PyTorch lays them out.
 
     Args:
@@ -50,9 +51,9 @@ def to_state_dict(params: unet.Params) -> dict[str, np.ndarray]:
 
 def from_state_dict(
     state: Mapping[str, np.ndarray],
-    config: unet.UNetConfig,
+    config: UNetConfig,
     rename: Callable[[str], str] = str,
-) -> unet.Params:
+) -> Params:
     """Parameters from a state dict: `to_state_dict` undone.
 
     Args:
@@ -67,9 +68,8 @@ def from_state_dict(
       ValueError: tensors are missing, left over, of another shape, or not finite; by name.
 
     Example:
-      >>> config = unet.UNetConfig(
-      ...     image_size=8, channels=32, multipliers=(1,), attention_resolutions=()
-      ... )
+      >>> from ddim_jax import unet
+      >>> config = UNetConfig(image_size=8, channels=32, multipliers=(1,), attention_resolutions=())
       >>> params = unet.build(config, jax.random.key(0))[1]
       >>> again = from_state_dict(to_state_dict(params), config)
       >>> jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
@@ -80,14 +80,15 @@ def from_state_dict(
             f"{len(state)} tensors are too few for {len(config.multipliers)} levels of "
             f"{config.num_blocks} blocks"
         )
-    wanted = {
-        rename(name): (path, leaf) for path, name, leaf in _named(unet.abstract_params(config))
-    }
+    from ddim_jax import unet  # here, as flax takes half a second to import
+
+    abstract = unet.abstract_params(config)
+    wanted = {rename(name): (path, leaf) for path, name, leaf in _named(abstract)}
     missing = sorted(wanted.keys() - state.keys())
     unused = sorted(state.keys() - wanted.keys())
     misfits: list[str] = []
     broken: list[str] = []
-    params: unet.Params = {}
+    params: Params = {}
     for name in sorted(wanted.keys() & state.keys()):
         path, leaf = wanted[name]
         axes = _axes(path, len(leaf.shape))  # of PyTorch's layout
@@ -116,7 +117,7 @@ def from_state_dict(
     return params
 
 
-def infer_config(state: Mapping[str, np.ndarray], image_size: int) -> unet.UNetConfig:
+def infer_config(state: Mapping[str, np.ndarray], image_size: int | tuple[int, int]) -> UNetConfig:
     """The network of a state dict with the DDIM authors' names, from its shapes.
 
     The shapes tell all but the image size, at which attention resolutions are counted, and dropout,
@@ -124,7 +125,7 @@ def infer_config(state: Mapping[str, np.ndarray], image_size: int) -> unet.UNetC
 
     Args:
       state: flat dict of arrays.
-      image_size: side of the images in pixels.
+      image_size: side of the images in pixels, or (H, W).
 
     Returns:
       `UNetConfig`.
@@ -142,17 +143,17 @@ def infer_config(state: Mapping[str, np.ndarray], image_size: int) -> unet.UNetC
         ) from error
     if not levels or any(not width or width % channels for width in widths):
         raise ValueError(f"the levels' widths {widths} are not multiples of the first, {channels}")
-    return unet.UNetConfig(
+    config = UNetConfig(
         image_size=image_size,
         in_channels=in_channels,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         num_blocks=len(_numbers(r"down\.0\.block\.(\d+)\.", state)),
-        attention_resolutions=tuple(
-            image_size // 2**i for i in range(levels) if f"down.{i}.attn.0.q.weight" in state
-        ),
+        attention_resolutions=(),
         dropout=0.0,
     )
+    attended = [r for i, r in enumerate(config.resolutions) if f"down.{i}.attn.0.q.weight" in state]
+    return dataclasses.replace(config, attention_resolutions=tuple(attended))
 
 
 def from_checkpoint(
@@ -198,7 +199,7 @@ def from_checkpoint(
     return state, facts
 
 
-def _named(params: unet.Params) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+def _named(params: Params) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """(path, the authors' name, leaf) of every parameter."""
     for entries, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = tuple(entry.key for entry in entries)

@@ -1,4 +1,4 @@
-"""What a run folder holds: configuration, progress, loss curve, checkpoints, disk use."""
+"""What a run folder holds: progress, loss curve, checkpoints, disk use, configuration."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def summarise(run: str | os.PathLike[str], verify: bool = False) -> dict[str, An
       verify: also read every array of every checkpoint, and compare it with its digest.
 
     Returns:
-      JSON-able dict: "configuration" of the latest readable checkpoint, "state", "step", "loss",
-      "checkpoints" (step → size and what is wrong with it), "megabytes".
+      JSON-able dict: "state", "step", "loss", "checkpoints" (step → size and what is wrong with
+      it), "megabytes", and last the "configuration" of the latest readable checkpoint.
 
     Raises:
       ValueError: the folder is not a run.
@@ -52,13 +52,13 @@ def summarise(run: str | os.PathLike[str], verify: bool = False) -> dict[str, An
     planned = configuration.get("train", {}).get("num_steps", "?")
     last = lines[-1] if lines else {}
     return {
-        "configuration": configuration,
         "state": f"being written by {by}" if by else "nobody writes in it",
         "step": f"{last.get('step', 0)} of {planned}",
         "loss": loss_line([line["loss"] for line in lines]),
         "last metrics": last,
         "checkpoints": checkpoints or "none yet",
         "megabytes": round(_bytes(run) / 1e6, 1),
+        "configuration": configuration,
     }
 
 

@@ -95,6 +95,18 @@ def test_settings_of_known_models():
     assert unet_config(one_head) == lsun
 
 
+def test_oblong_images(tmp_path):
+    settings = {**unet_settings(TINY), "sample_size": [8, 16]}
+    model = load_model(write_folder(tmp_path / "model", settings))
+    assert model.image_shape == (8, 16, 3)
+    assert unet_settings(model.config)["sample_size"] in ([8, 16], (8, 16))
+    square = load_model(write_folder(tmp_path / "square", {**settings, "sample_size": [8, 8]}))
+    assert square.config == TINY
+    x, t = jnp.zeros((1, *model.image_shape)), jnp.array([5])
+    oblong, longer = (m.apply_fn(m.params, x, t) for m in (model, square))
+    np.testing.assert_array_equal(oblong, longer)  # attention at the same levels
+
+
 @pytest.mark.parametrize("layout", ["flat", "pipeline", "unet", "weights file", "bin", "old names"])
 def test_layouts(tmp_path, tiny, layout):
     state = tiny_state()
@@ -226,7 +238,8 @@ def test_a_folder_without_scheduler(tmp_path):
         ({"num_class_embeds": 10}, "num_class_embeds is 10"),
         ({"out_channels": 6}, "out_channels is 6"),
         ({"sample_size": None}, "sample_size is None"),
-        ({"sample_size": [8, 16]}, "sample_size is"),
+        ({"sample_size": [8]}, r"sample_size is \[8\] in config.json, a side or \[H, W\]"),
+        ({"sample_size": [8, 9]}, "multiple of 2"),
         ({"sample_size": 9}, "multiple of 2"),
         ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "'SkipDownBlock2D'"),
         ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types is .* way down mirrored"),

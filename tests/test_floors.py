@@ -52,7 +52,7 @@ FLOORS = [
         "generate",
         "evaluation",
     },
-    {"plots", "demo", "cli", "cli_train"},
+    {"plots", "demo", "cli"},
 ]
 DOORS = {
     "optax": {"training"},
@@ -63,7 +63,7 @@ DOORS = {
     "tensorboardX": {"run_folder"},
     "flax": {"unet"},
     "safetensors": {"weights"},
-    "tyro": {"cli", "cli_train"},
+    "tyro": {"cli"},
     "matplotlib": {"plots"},
 }
 NEVER_MEET = [("process", "unet"), ("sampling", "unet"), ("unet", "schedule")]

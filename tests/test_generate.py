@@ -1,5 +1,6 @@
 """Folders of images: the same on any number of devices, after any kill, and never overwritten."""
 
+import dataclasses
 import json
 import os
 import re
@@ -176,10 +177,46 @@ def test_classes_cycle(draw):
         lambda x, t: linear(model.params, x, t, labels), x_T(21), model.schedule, [4, 8, 12, 16, 20]
     )
     np.testing.assert_array_equal(images(folder), ddim.images.to_uint8(plain))
-    without = images(draw("without", toy(num_classes=3)))
+    with pytest.warns(
+        UserWarning, match="has 3 classes and draws without any: choose labels=0...2"
+    ):
+        without = images(draw("without", toy(num_classes=3)))
     np.testing.assert_array_equal(without, images(draw("plain")))
     assert (without[labels == 0] == images(folder)[labels == 0]).all()
     assert (without[labels == 1] != images(folder)[labels == 1]).any()
+
+
+def test_one_class_and_guidance(draw):
+    """ε is w x + y / 10, so guided it is w x + (∅ + g (y − ∅)) / 10; here ∅ = 3 and y = 2."""
+
+    def network(params, x, t, labels):
+        return params["w"] * x + labels[:, None, None, None].astype(x.dtype) / 10
+
+    def expected(shift):
+        def denoise(x, t):
+            return 0.25 * x + shift / 10
+
+        tau = [4, 8, 12, 16, 20]
+        return ddim.images.to_uint8(
+            ddim.sample(denoise, x_T(21), ddim.linear_schedule(20, 0.01, 0.3), tau)
+        )
+
+    model = toy(network, num_classes=3)
+    for guidance, shift in [(None, 2), (1.0, 2), (0.0, 3), (2.5, 0.5)]:
+        drawn = images(draw(f"guided {guidance}", model, labels=2, guidance=guidance)).astype(int)
+        assert np.abs(drawn - np.asarray(expected(shift))).max() <= 1
+    assert np.abs(drawn - np.asarray(expected(2))).max() > 10
+    none = images(draw("none", model, labels=3)).astype(int)  # said to be none: no warning
+    assert np.abs(none - np.asarray(expected(3))).max() <= 1
+    with pytest.raises(ValueError, match=r"guidance: saved 2.5, now 2.0\n  labels: saved 2, now"):
+        draw("guided 2.5", model, labels="cycle", guidance=2.0)
+
+
+def test_the_images_are_as_oblong_as_the_model_s(draw):
+    config = dataclasses.replace(toy().config, image_size=(4, 6))
+    folder = draw(model=toy()._replace(config=config))
+    assert images(folder).shape == (21, 4, 6, 1)
+    assert json.loads((folder / "settings.json").read_text())["image_shape"] == [4, 6, 1]
 
 
 # The program.
@@ -193,7 +230,7 @@ def test_the_compiled_sampler_has_no_collective(digits):
     mesh = Mesh(np.array(jax.devices()), ("images",))
     function = make_draw(digits, mesh, ddim.timesteps(1000, 3), 1.0)
     keys = jax.random.split(jax.random.key(0))
-    text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32))
+    text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32), None, None)
     assert "num_partitions=8" in text
     assert "f32[4,8,8,1]" in text  # a slice of 4 images on each of the 8
     assert "f32[32,8,8,1]" not in text
@@ -223,14 +260,33 @@ def test_it_is_traced_once_for_all_batches(draw):
     assert set(calls) == {(2, *SHAPE)}
 
 
+def test_another_class_or_guidance_compiles_nothing():
+    calls = []
+
+    def counted(params, x, t, labels):
+        calls.append(x.shape)
+        return linear(params, x, t, labels)
+
+    model = toy(counted, num_classes=3)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
+    function = make_draw(model, mesh, np.array([5, 20]))
+    keys, numbers = jax.random.split(jax.random.key(0)), np.arange(2, dtype=np.uint32)
+    once = []
+    for label, scale in [(0, 1.0), (2, 1.0), (2, 3.0)]:
+        labels = np.full(2, label, np.int32)
+        function(model.params, keys, numbers, labels, np.float32(scale))
+        once = once or list(calls)
+    assert calls == once
+
+
 def test_one_batch_is_in_flight_while_the_last_is_fetched():
     log = []
 
     def draw(batch):
         log.append(f"draw {batch[0]}")
-        return batch, batch >= 0
+        return jnp.asarray(batch), jnp.asarray(batch >= 0)
 
-    for batch in module._batches(draw, np.arange(0, 5, dtype=np.uint32), 2):
+    for batch in module._batches(draw, np.arange(0, 5, dtype=np.uint32), 2, 1):
         log.append(f"got {batch[0]}")
     assert log == ["draw 0", "draw 2", "got 0", "draw 4", "got 2", "got 4"]
 
@@ -268,23 +324,69 @@ def test_settings_say_what_determines_the_images(draw):
     }
     assert settings["model"]["model"]["image_size"] == 4
     assert settings["versions"]["jax"] == jax.__version__
-    names = [f"images-0000{i}-of-00006.npy" for i in range(6)]
+    names = [f"images-0000{i}.npy" for i in range(6)]
     assert sorted(contents(folder)) == [*names, "settings.json"]
 
 
 def test_finished_shards_are_left_alone_and_missing_ones_drawn(draw):
     folder = draw()
     before = contents(folder)
-    victims = [folder / f"images-0000{i}-of-00006.npy" for i in (1, 2, 5)]
+    victims = [folder / f"images-0000{i}.npy" for i in (1, 2, 5)]
     for path in victims:
         path.unlink()
     stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    with pytest.raises(FileNotFoundError, match=r"lacks 3 of 6 .*00001-of.*00002-of.*00005-of"):
+    with pytest.raises(FileNotFoundError, match=r"lacks 3 of 6 .*00001.*00002.*00005"):
         iter_shards(folder)
     for _ in range(2):
         assert draw(devices=jax.devices()[:3]) == folder
         assert contents(folder) == before
         assert {n: (folder / n).stat().st_mtime_ns for n in stamps} == stamps
+
+
+def test_a_folder_grows_by_the_images_that_one_call_would_have_drawn(digits, draw):
+    """21 images in shards of 4, then 29, then 30: ragged shards stay as they are."""
+    options = {"model": digits, "steps": 2, "eta": 1.0}
+    folder = draw("grown", num_images=21, **options)
+    before = contents(folder)
+    (folder / "images-00005.npy").unlink()  # was not finished either
+    draw("grown", num_images=29, **options)
+    for name in before.keys() - {"settings.json"}:
+        assert (folder / name).read_bytes() == before[name]
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    draw("grown", num_images=30, devices=jax.devices()[:1], **options)
+    assert {name: (folder / name).stat().st_mtime_ns for name in stamps} == stamps
+    sizes = [len(shard) for shard in iter_shards(folder)]
+    assert sizes == [4, 4, 4, 4, 4, 1, 3, 4, 1, 1]
+    np.testing.assert_array_equal(images(folder), images(draw("at once", num_images=30, **options)))
+    with pytest.raises(ValueError, match="num_images: saved 30, now 29"):
+        draw("grown", num_images=29, **options)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_let_a_folder_grow(draw, monkeypatch, processes):
+    draw("by many")
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    for p in reversed(range(processes)):
+        monkeypatch.setattr(jax, "process_index", lambda p=p: p)
+        draw("by many", num_images=26)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(
+        images(draw("by many", num_images=26)), images(draw("at once", num_images=26))
+    )
+
+
+def test_folders_of_the_first_format_are_read(draw):
+    folder = draw()
+    settings = json.loads((folder / "settings.json").read_text())
+    before = images(folder)
+    (folder / "settings.json").write_text(
+        json.dumps({k: v for k, v in settings.items() if k != "earlier"} | {"format": 1})
+    )
+    for i in range(6):
+        (folder / f"images-0000{i}.npy").rename(folder / f"images-0000{i}-of-00006.npy")
+    np.testing.assert_array_equal(images(folder), before)
+    with pytest.raises(ValueError, match="format: saved 1, now 2"):
+        draw()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -403,16 +505,16 @@ def damage(path, kind):
 )
 def test_a_damaged_shard_is_named_and_not_overwritten(draw, kind):
     folder = draw()
-    path = folder / "images-00003-of-00006.npy"
+    path = folder / "images-00003.npy"
     damage(path, kind)
-    (folder / "images-00005-of-00006.npy").unlink()
+    (folder / "images-00005.npy").unlink()
     before = None if path.is_dir() else path.read_bytes()
-    with pytest.raises(ValueError, match=r"images-00003-of-00006\.npy is damaged: .*move it away"):
+    with pytest.raises(ValueError, match=r"images-00003\.npy is damaged: .*move it away"):
         draw()
     assert before is None or path.read_bytes() == before
-    assert not (folder / "images-00005-of-00006.npy").exists()  # said before anything is drawn
-    shutil.copy(folder / "images-00000-of-00006.npy", folder / "images-00005-of-00006.npy")
-    with pytest.raises(ValueError, match=r"images-00003-of-00006\.npy is damaged"):
+    assert not (folder / "images-00005.npy").exists()  # said before anything is drawn
+    shutil.copy(folder / "images-00000.npy", folder / "images-00005.npy")
+    with pytest.raises(ValueError, match=r"images-00003\.npy is damaged"):
         iter_shards(folder)
 
 
@@ -423,7 +525,8 @@ def test_a_damaged_shard_is_named_and_not_overwritten(draw, kind):
         ({"steps": 4}, r"tau: saved \[4, 8, 12, .*, now \[5, 10, "),
         ({"seed": 1}, "seed: saved 0, now 1"),
         ({"clip": True}, "clip: saved False, now True"),
-        ({"num_images": 40}, "num_images: saved 21, now 40"),
+        ({"num_images": 20}, r"num_images: saved 21, now 20\n\(no image is removed: ask for 21"),
+        ({"num_images": 40, "eta": 0.5}, "eta: saved 0.0, now 0.5"),
         ({"shard_size": 8}, "shard_size: saved 4, now 8"),
         ({"model": toy(w=0.3)}, "sha256: saved '.*', now '"),
         ({"model": toy()._replace(schedule=ddim.linear_schedule(20))}, "sha256: saved"),
@@ -440,7 +543,7 @@ def test_other_settings_are_refused(draw, changes, says):
 
 def test_another_batch_size_may_go_on(draw):
     folder = draw()
-    (folder / "images-00001-of-00006.npy").unlink()
+    (folder / "images-00001.npy").unlink()
     assert len(images(draw(batch_size=4, devices=jax.devices()[:1]))) == 21
 
 
@@ -455,8 +558,8 @@ def test_foreign_folders_are_refused(draw, tmp_path):
     with pytest.raises(ValueError, match="not of these images"):
         draw()
     (tmp_path / "settings.json").rename(folder / "settings.json")
-    (folder / "images-00000-of-00050.npy").write_text("x")
-    with pytest.raises(ValueError, match="images-00000-of-00050"):
+    (folder / "images-00006.npy").write_text("x")
+    with pytest.raises(ValueError, match="images-00006"):
         draw()
 
 
@@ -468,7 +571,7 @@ def test_foreign_folders_are_refused(draw, tmp_path):
         ("[]", ValueError, "is damaged"),
         ('{"format": 1}', ValueError, "is damaged.*num_images"),
         ('{"format": 1, "num_images": 1, "shard_size": 1}', ValueError, "is damaged.*image_shape"),
-        ('{"format": 99}', ValueError, "format 99, this version reads up to 1"),
+        ('{"format": 99}', ValueError, "format 99, this version reads up to 2"),
     ],
 )
 def test_unreadable_settings(draw, tmp_path, text, error, says):
@@ -487,7 +590,12 @@ def test_unreadable_settings(draw, tmp_path, text, error, says):
         ({"num_images": 0}, r"num_images must be in 1..2\*\*31 - 1, got 0"),
         ({"batch_size": 3}, "batch_size must divide shard_size.* 3 and 4"),
         ({"batch_size": 0}, "must divide"),
-        ({"labels": "cycle"}, "'cycle' for a model of classes"),
+        ({"labels": "cycle"}, "no classes: labels and guidance must be None, got 'cycle'"),
+        ({"guidance": 2.0}, "no classes: labels and guidance must be None, got None and 2.0"),
+        ({"labels": 4, "model": toy(num_classes=3)}, r"in 0\.\.2, 3 for none, or 'cycle', got 4"),
+        ({"labels": -1, "model": toy(num_classes=3)}, "got -1"),
+        ({"guidance": 2.0, "model": toy(num_classes=3)}, "guidance is towards a class"),
+        ({"labels": 1, "guidance": np.nan, "model": toy(num_classes=3)}, "guidance must be finite"),
         ({"labels": "random", "model": toy(num_classes=3)}, "got 'random'"),
         ({"steps": 21}, "S = 21 and T = 20"),
         ({"steps": [1, 5, 21]}, "tau must lie in 1..T = 1..20, got 1..21"),
@@ -519,6 +627,6 @@ def test_whole_numbers_of_any_type_but_no_others(draw):
 def test_the_bar_counts_images(draw, capsys):
     folder = draw(progress=True)
     assert re.search(r"21/21.*image", capsys.readouterr().err)
-    (folder / "images-00005-of-00006.npy").unlink()
+    (folder / "images-00005.npy").unlink()
     draw(progress=True)
     assert re.search(r"20/21", capsys.readouterr().err)

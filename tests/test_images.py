@@ -1,11 +1,14 @@
+import io
 import pickle
+import struct
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax.images import crop_resize, grid, save_png, to_model, to_uint8
+from ddim_jax.images import crop_resize, decode, grid, save_png, to_model, to_uint8
 
 
 def test_every_pixel_value_survives_the_round_trip():
@@ -131,6 +134,108 @@ def test_a_transform_is_its_parameters():
     np.testing.assert_array_equal(crop_resize(None, None)(image), image)
 
 
+GREY = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+DEEP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+RGB = np.stack([GREY, GREY + 1, 255 - GREY], -1)
+TRIPLE = np.repeat(GREY[..., None], 3, -1)
+OPAQUE, HOLE = np.full((2, 3), 255, np.uint8), np.where(GREY == 40, 254, 255).astype(np.uint8)
+
+
+def stored(pixels, mode, kind="PNG", **options):
+    """The file of a picture whose bytes are those of `pixels`."""
+    content = np.packbits(pixels, axis=1) if mode == "1" else pixels
+    picture = Image.frombytes(mode, pixels.shape[1::-1], content.tobytes())
+    if palette := options.pop("palette", None):
+        picture.putpalette(palette)
+    if turn := options.pop("turn", None):
+        options["exif"] = Image.Exif()
+        options["exif"][0x112] = turn
+    picture.save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+def deep_png(pixels):
+    """A PNG of uint16 (H, W, C), by hand: Pillow writes none of three channels."""
+
+    def chunk(name, content):
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    height, width, channels = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+PALETTE = [250, 0, 1, 2, 240, 3, 4, 5, 230, 9, 9, 9, 8, 7, 6, 1, 2, 3]
+LOOKED_UP = np.array(PALETTE, np.uint8).reshape(6, 3)[GREY // 40]
+CMYK = np.dstack([GREY, GREY // 2, GREY // 3, 255 - GREY])
+INK = (255.0 - CMYK[..., :3]) * (255.0 - CMYK[..., 3:]) / 255
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    {
+        "grey": (stored(GREY, "L"), GREY[..., None]),
+        "colour": (stored(RGB, "RGB"), RGB),
+        "16-bit grey": (stored(DEEP, "I;16"), DEEP[..., None] >> 8),
+        "16-bit TIFF": (stored(DEEP, "I;16", "TIFF"), DEEP[..., None] >> 8),
+        "16-bit big-endian": (stored(DEEP.astype(">u2"), "I;16B", "TIFF"), DEEP[..., None] >> 8),
+        "16-bit colour": (deep_png(RGB * np.uint16(256) + 255), RGB),
+        "1 bit": (stored(GREY > 40, "1"), 255 * (GREY > 40)[..., None]),
+        "palette": (stored(GREY // 40, "P", palette=PALETTE), LOOKED_UP),
+        "GIF": (stored(GREY // 40, "P", "GIF", palette=PALETTE), LOOKED_UP),
+        "CMYK": (stored(CMYK, "CMYK", "TIFF"), np.round(INK)),
+        "opaque grey": (stored(np.dstack([GREY, OPAQUE]), "LA"), GREY[..., None]),
+        "opaque colour": (stored(np.dstack([RGB, OPAQUE]), "RGBA"), RGB),
+        "opaque palette": (
+            stored(GREY // 40, "P", palette=PALETTE, transparency=b"\xff" * 6),
+            LOOKED_UP,
+        ),
+        "no such transparent grey": (stored(GREY, "L", transparency=41), GREY[..., None]),
+        "no such transparent 16 bits": (stored(DEEP, "I;16", transparency=1), DEEP[..., None] >> 8),
+        "turned": (stored(GREY, "L", turn=6), np.rot90(GREY, -1)[..., None]),
+        "turned 16 bits": (stored(DEEP, "I;16", turn=6), np.rot90(DEEP >> 8, -1)[..., None]),
+        "mirrored": (stored(RGB, "RGB", turn=2), RGB[:, ::-1]),
+    }.values(),
+)
+def test_a_picture_of_every_kind_becomes_its_pixels(content, expected):
+    pixels = decode(content)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, expected)
+    np.testing.assert_array_equal(
+        decode(content, 3), np.broadcast_to(expected, (*expected.shape[:2], 3))
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (stored(np.dstack([GREY, HOLE]), "LA"), "transparent in places"),
+        (stored(np.dstack([RGB, HOLE]), "RGBA"), "transparent in places"),
+        (stored(GREY // 40, "P", palette=PALETTE, transparency=1), "transparent in places"),
+        (stored(GREY, "L", transparency=40), "transparent in places"),
+        (stored(RGB, "RGB", transparency=(40, 41, 215)), "transparent in places"),
+        (stored(DEEP, "I;16", transparency=257), "transparent in places"),
+        (stored(DEEP.astype(np.int32), "I", "TIFF"), "of kind 'I', which have no one meaning"),
+        (stored(DEEP.astype(np.float32), "F", "TIFF"), "of kind 'F', which have no one meaning"),
+        (stored(RGB, "LAB", "TIFF"), "of kind 'LAB', which have no one meaning"),
+    ],
+)
+def test_a_picture_without_one_meaning_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        decode(content)
+
+
+def test_colour_is_not_made_grey_but_grey_in_three_channels_is():
+    with pytest.raises(ValueError, match="colours where one channel of grey is wanted"):
+        decode(stored(RGB, "RGB"), 1)
+    np.testing.assert_array_equal(decode(stored(TRIPLE, "RGB"), 1), GREY[..., None])
+    with pytest.raises(ValueError, match="channels must be 1, 3 or None, got 4"):
+        decode(stored(RGB, "RGB"), 4)
+
+
 def test_png_is_written_once(tmp_path):
     path = tmp_path / "folder" / "a.png"
     save_png(path, np.zeros((2, 2, 3), np.uint8), text={"seed": "7"})
@@ -144,6 +249,16 @@ def test_png_is_written_once(tmp_path):
 def test_bad_input():
     with pytest.raises(TypeError, match="uint8"):
         to_model(jnp.ones(3))
+    with pytest.raises(TypeError, match="floats in .*got dtype uint8: are these pixels"):
+        to_uint8(np.zeros(3, np.uint8))
+    with pytest.raises(TypeError, match="got dtype int64"):
+        grid(np.zeros((1, 2, 2, 3), np.int64))
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="finite values"):
+            to_uint8(jnp.array([0.0, bad]))
+    for pixels in (np.zeros((2, 2), np.int32), np.zeros((2, 2, 1), np.uint8)):
+        with pytest.raises(ValueError, match=r"wants uint8 \(H, W, 3\), got"):
+            save_png("no.png", pixels)
     with pytest.raises(ValueError, match="1 or 3"):
         grid(np.zeros((1, 2, 2, 4)))
     with pytest.raises(ValueError, match="does not fit"):

@@ -215,6 +215,39 @@ def test_save_model(tmp_path, prediction):
         save_model(tmp_path / "other.safetensors", model._replace(facts={}))
 
 
+def test_oblong_images(tmp_path):
+    """A network of 8×16 images remembers them, whatever file it goes through."""
+    config = dataclasses.replace(TINY, image_size=(8, 16))
+    params, chosen = unet.build(config, jax.random.key(0))[1], ScheduleConfig()
+    facts = to_facts(chosen, config)
+    model = ddim.Model(unet.make_apply(config), params, chosen.build(), config, facts)
+    save_model(tmp_path / "m.safetensors", model)
+    save_diffusers(tmp_path / "folder", model)
+    write(tmp_path / "m.ckpt", to_state_dict(params))
+    for name, options in [
+        ("m.safetensors", {}),
+        ("folder", {}),
+        ("m.ckpt", {"image_size": (8, 16), "schedule": chosen}),
+    ]:
+        again = load_model(tmp_path / name, **options)
+        assert again.image_shape == (8, 16, 3)
+        assert again.config.resolutions == config.resolutions
+        assert_same(again.params, params)
+
+
+def test_a_run_that_does_not_say_its_network(tmp_path):
+    params = unet.build(TINY, jax.random.key(0))[1]
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"params": params, "ema": params}, {}, {"train": {}})
+    with pytest.raises(ValueError, match=r"(?s)no facts.*restore_part\('.*checkpoints', 'ema'\)"):
+        load_model(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no noise schedule"):
+        load_model(tmp_path / "run", config=TINY)
+    model = load_model(tmp_path / "run", config=TINY, schedule=ScheduleConfig())
+    assert_same(model.params, params)
+    assert model.config == TINY
+
+
 def test_what_is_stored_can_be_replaced(tmp_path):
     params = unet.build(TINY, jax.random.key(0))[1]
     save_weights(tmp_path / "m", params, FACTS)  # as written before prediction was stored

@@ -362,3 +362,16 @@ def test_prepare_of_an_unknown_name(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="no_such_thing"):
         data.prepare("no_such_thing", tmp_path)
+
+
+def test_16_bit_grey_keeps_its_upper_bits_and_what_has_no_meaning_is_named():
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    clear = np.zeros((16, 16, 4), np.uint8)
+    source = []
+    for pixels in (deep, clear):
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+        source.append({"image": file.getvalue(), "label": 0})
+    read = _tfds.Reader(_tfds.Records(source, "deep/1.0.0", 1, 1), "deep")
+    np.testing.assert_array_equal(read(np.array([0]))[0][0, ..., 0], deep >> 8)
+    with pytest.raises(ValueError, match=r"deep: cannot read image 1 .*transparent in places"):
+        read(np.array([1]))

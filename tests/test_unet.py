@@ -9,7 +9,7 @@ import pytest
 
 from ddim_jax.unet import GroupNorm, UNetConfig, abstract_params, build, count_params, upsample
 from ddim_jax.unet import timestep_embedding as embed
-from tests.tiny import UNET
+from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)
 
@@ -170,6 +170,15 @@ def test_network_is_the_float64_reference(key, change, height, width):
     assert got.dtype == jnp.float32
     assert np.abs(want).max() > 0.5
     np.testing.assert_allclose(got, np.array(want), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (8, 8)])
+def test_an_oblong_network_is_that_of_its_shorter_side(size):
+    config = dataclasses.replace(TINY, image_size=size)
+    assert config.image_shape == (*size, 3)
+    assert config.resolutions == TINY.resolutions
+    assert TINY.image_shape == (8, 8, 3)
+    assert_same(build(config, jax.random.key(2))[1], build(TINY, jax.random.key(2))[1])
 
 
 def test_ten_blocks_run_in_their_order(key):
@@ -404,6 +413,13 @@ def test_weights_are_arguments_not_constants(tiny):
         ({"channels": 48}, ValueError, "multiple of 32.*got 48, try 64"),
         ({"channels": 64.0}, ValueError, "channels must be an int >= 1, got 64.0"),
         ({"image_size": 0}, ValueError, "image_size"),
+        ({"image_size": (8, 9)}, ValueError, r"image_size\[1\] must be a multiple of 2.*got 9"),
+        ({"image_size": (0, 8)}, ValueError, r"image_size\[0\] must be an int >= 1, got 0"),
+        ({"image_size": [8, 16]}, TypeError, r"int or a tuple \(height, width\), got \[8, 16\]"),
+        ({"image_size": (8, 8, 3)}, TypeError, r"tuple \(height, width\), got \(8, 8, 3\)"),
+        ({"image_size": 8.0}, TypeError, "image_size must be an int or a tuple"),
+        ({"image_size": True}, ValueError, "image_size must be an int >= 1, got True"),
+        ({"image_size": (16, 8), "attention_resolutions": (16,)}, ValueError, r"\(8, 4\), got"),
         ({"in_channels": 0}, ValueError, "in_channels"),
         ({"num_blocks": 0}, ValueError, "num_blocks"),
         ({"num_classes": 0}, ValueError, "num_classes"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from ddim_jax._files import differences
 from ddim_jax.evaluation.extractors import Extractor, features
@@ -63,6 +64,7 @@ def evaluate(
     manifold: int = 10_000,
     batch_size: int = 100,
     seed: int = 0,
+    progress: bool = False,
 ) -> Evaluation:
     """Fréchet and kernel distance, precision and recall of samples against reference statistics.
 
@@ -77,6 +79,7 @@ def evaluate(
       manifold: samples, and as many of the reference's kept features, in precision and recall.
       batch_size: images at a time.
       seed: of the random subsets.
+      progress: whether to show a bar of the figures' work.
 
     Returns:
       `Evaluation`.
@@ -107,17 +110,20 @@ def evaluate(
     x = np.concatenate(list(features(extractor, shards, batch_size)))
     y = reference.features
 
-    frechet, se = (
-        frechet_jackknife(x, reference.moments, blocks)
-        if blocks
-        else (frechet_distance(reference.moments, moments(x)), None)
-    )
-    subset = subset_size or min(1000, max(2, min(len(x), len(y)) // 10))
-    kernel = kernel_distance(x, y, subset_size=subset, seed=seed)
-    number = min(manifold, len(x), len(y))
-    rng = np.random.default_rng(seed)
-    some_x, some_y = (z[rng.permutation(len(z))[:number]] for z in (x, y))
-    precision, recall = precision_recall(some_y, some_x, neighbours=neighbours)
+    with tqdm(total=blocks + 2, desc="figures", delay=1, disable=not progress) as bar:
+        frechet, se = (
+            frechet_jackknife(x, reference.moments, blocks, bar.update)
+            if blocks
+            else (frechet_distance(reference.moments, moments(x)), None)
+        )
+        subset = subset_size or min(1000, max(2, min(len(x), len(y)) // 10))
+        kernel = kernel_distance(x, y, subset_size=subset, seed=seed)
+        bar.update()
+        number = min(manifold, len(x), len(y))
+        rng = np.random.default_rng(seed)
+        some_x, some_y = (z[rng.permutation(len(z))[:number]] for z in (x, y))
+        precision, recall = precision_recall(some_y, some_x, neighbours=neighbours)
+        bar.update()
     facts = {
         **wanted,
         "reference": reference.facts,

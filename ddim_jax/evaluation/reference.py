@@ -9,6 +9,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from ddim_jax._files import differences
 from ddim_jax.evaluation._npz import load_npz, save_npz
@@ -77,6 +78,7 @@ def reference_statistics(
     keep: int = 10_000,
     batch_size: int = 100,
     save_every: int = 5_000,
+    progress: bool = False,
 ) -> Reference:
     """The statistics of a data set, from the file if they are there, else computed and saved.
 
@@ -91,6 +93,7 @@ def reference_statistics(
       keep: features of a random subset that are kept for kernel distance and precision/recall.
       batch_size: images at a time.
       save_every: images between two savings.
+      progress: whether to show a bar.
 
     Returns:
       `Reference`.
@@ -120,15 +123,23 @@ def reference_statistics(
         done = total.size
     chosen = np.zeros(len(dataset), bool)
     chosen[np.random.default_rng(0).permutation(len(dataset))[: facts["kept"]]] = True
-    while done < len(dataset):
-        indices = np.arange(done, min(done + save_every, len(dataset)))
-        batches = np.split(indices, range(batch_size, len(indices), batch_size))
-        images = (dataset.take(batch)["image"] for batch in batches)
-        new = np.concatenate(list(features(extractor, images, batch_size)))
-        total = moments(new) if total is None else total.merge(moments(new))
-        kept = np.concatenate([kept.reshape(-1, new.shape[1]), new[chosen[indices]]])
-        done += len(indices)
-        _save(partial, Reference(total, kept, facts))
+    size = len(dataset)
+    with tqdm(
+        total=size, initial=done, unit="image", desc="reference", delay=1, disable=not progress
+    ) as bar:
+        while done < size:
+            indices = np.arange(done, min(done + save_every, size))
+            batches = np.split(indices, range(batch_size, len(indices), batch_size))
+            images = (dataset.take(batch)["image"] for batch in batches)
+            parts = []
+            for part in features(extractor, images, batch_size):
+                parts.append(part)
+                bar.update(len(part))
+            new = np.concatenate(parts)
+            total = moments(new) if total is None else total.merge(moments(new))
+            kept = np.concatenate([kept.reshape(-1, new.shape[1]), new[chosen[indices]]])
+            done += len(indices)
+            _save(partial, Reference(total, kept, facts))
     os.replace(partial, path)
     return _matching(path, facts)
 
