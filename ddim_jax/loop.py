@@ -34,6 +34,7 @@ from ddim_jax.checkpoint import (
     set_aside,
 )
 from ddim_jax.data import Dataset, batch_indices, batches
+from ddim_jax.flops import flops_per_image
 from ddim_jax.images import grid
 from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.sampling import initial_noise, make_sampler
@@ -247,36 +248,6 @@ def fit(
         if step < config.num_steps:
             raise Preempted(step, directory)
     return state
-
-
-def flops_per_image(
-    apply_fn: ApplyFn, params: Params, shape: tuple[int, ...], num_classes: int | None = None
-) -> float:
-    """Floating-point operations of one forward pass on one image, counted by XLA.
-
-    XLA counts the body of a loop once, however often it runs.
-
-    Args:
-      apply_fn: the network.
-      params: its parameters, or their shapes.
-      shape: (B, H, W, C) of a batch.
-      num_classes: see `make_train_step`.
-
-    Returns:
-      FLOP, 0 if they cannot be counted; a backward pass takes about twice as many.
-
-    Example:
-      >>> weight = jnp.zeros((64, 64))
-      >>> network = lambda w, x, t, dropout_key=None: (x.reshape(1, 64) @ w).reshape(x.shape)
-      >>> flops_per_image(network, weight, (1, 8, 8, 1))
-      8192.0
-    """
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    t = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    labels = {} if num_classes is None else {"labels": t}
-    plain = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    counted = jax.jit(apply_fn).lower(plain, x, t, **labels).cost_analysis() or {}
-    return max(float(counted.get("flops", 0)), 0.0) / shape[0]
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ddim_jax.checkpoint import (
     restore_part,
     saved_steps,
 )
-from ddim_jax.loop import fit, flops_per_image
+from ddim_jax.loop import fit
 from ddim_jax.run_folder import Preempted, locked, writer
 from ddim_jax.summary import summarise
 from ddim_jax.training import TrainConfig
@@ -409,13 +409,28 @@ def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
     assert b"param_norm" in board
 
 
-def test_arithmetic_is_counted(tmp_path):
+def test_arithmetic_is_counted(tmp_path, monkeypatch):
+    def products(params, x, t, dropout_key=None):
+        return (params["w"] @ x[..., 0] @ params["w"])[..., None]
+
+    monkeypatch.setattr(loop.parallel, "peak_flops", lambda kind: 1e9)
     seen = []
-    train(tmp_path, make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
-    each = flops_per_image(affine, affine_params(), (8, 4, 4, 1))
-    assert each == 32  # a multiplication and an addition a pixel
-    np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * seen[0]["images_per_second"])
-    assert "mfu" not in seen[0]  # nobody knows the peak of this CPU
+    fit(
+        products,
+        {"w": jnp.eye(4)},
+        SCHEDULE,
+        make_dataset(),
+        make_config(num_steps=2),
+        tmp_path,
+        progress=False,
+        on_log=lambda state, line: seen.append(line),
+    )
+    speed, each = seen[0]["images_per_second"], 2 * 2 * 4**3  # two products of 4 × 4
+    np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * speed)
+    np.testing.assert_allclose(seen[0]["mfu"], 3 * each * speed / (8 * 1e9))
+    seen.clear()
+    train(tmp_path / "affine", make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
+    assert not {"mfu", "flops_per_second"} & seen[0].keys()  # it has no product of matrices
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
