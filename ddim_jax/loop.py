@@ -33,7 +33,7 @@ from ddim_jax.checkpoint import (
     saved_steps,
     set_aside,
 )
-from ddim_jax.data import Dataset, batch_indices, batches
+from ddim_jax.data import Dataset, batch_indices, batches, check_main_guard
 from ddim_jax.flops import flops_per_image
 from ddim_jax.images import grid
 from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
@@ -128,6 +128,7 @@ def fit(
         could not be written.
       ValueError: the saved configuration differs, and the message shows where; or the batch cannot
         be split over the devices.
+      RuntimeError: worker processes, and a main script without `if __name__ == "__main__":`.
       FloatingPointError: a loss or gradient is not finite.
       Preempted: a signal asked to stop, and the state is saved.
     """
@@ -135,6 +136,8 @@ def fit(
     folder = directory / "checkpoints"
     if resume not in ("never", "auto", "must"):
         raise ValueError(f"resume must be 'never', 'auto' or 'must', got {resume!r}")
+    if config.num_workers:
+        check_main_guard()
     if num_classes not in (None, dataset.num_classes):
         raise ValueError(
             f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
