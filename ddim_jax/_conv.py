@@ -21,7 +21,8 @@ def conv(
 
     XLA:CPU takes the gradient with respect to the kernel as one convolution over all B·H·W pixels
     and, beyond some thousands of them, at a quarter of its speed. There the gradient is a sum over
-    strips of rows instead. Values, other derivatives, dtypes and platforms stay as they are.
+    strips of rows instead. Values, other derivatives, dtypes and platforms stay as they are, and so
+    do the symbolic sizes of `jax.export`.
 
     Args:
       x: (B, H, W, C_in).
@@ -47,8 +48,11 @@ def conv(
         return jax.lax.conv_general_dilated(x, kernel, strides, (rows, columns), **kwargs)
 
     batch, height, width, _ = jax.eval_shape(plain, x, kernel).shape
+    symbolic = not all(isinstance(size, int) for size in (batch, height, width))
+    if symbolic or x.dtype != jax.numpy.float32:
+        return plain(x, kernel)
     step = max(PIXELS // (batch * width), 2)
-    if x.dtype != jax.numpy.float32 or step >= height:
+    if step >= height:
         return plain(x, kernel)
 
     def by_strips(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -135,7 +135,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
         try:
-            yield
+            with _quiet(logging.ERROR):  # "Waiting for previous save …", across a progress bar
+                yield
         except Exception as error:
             there = _list(saved_steps(self.directory)) or "none"
             raise CheckpointError(
@@ -283,16 +284,25 @@ def _open(directory: Path, step: int | None) -> tuple[pathlib.Path, dict[str, An
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
     """Orbax raises many kinds of error on damaged files; here they become one that names it."""
-    log, level = logging.getLogger("absl"), logging.getLogger("absl").level
-    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with _quiet(logging.CRITICAL):
+            yield
     except Exception as error:
         if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
             raise CheckpointError(f"{path} cannot be read here: {_reason(error)}") from error
         raise DamagedError(
             f"{path} cannot be read and may be damaged{_others(path)} ({_reason(error)})"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet(lowest: int) -> Iterator[None]:
+    """Orbax's log, which goes to stderr, from this level on alone."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(lowest)
+    try:
+        yield
     finally:
         log.setLevel(level)
 

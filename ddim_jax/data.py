@@ -11,15 +11,19 @@ epoch. Of P processes, process p reads rows pB/P..(p+1)B/P−1 of every batch, s
 do not depend on P, nor on threads or worker processes. The position in the stream is k, a number.
 """
 
+import ast
 import dataclasses
 import functools
 import json
 import math
 import multiprocessing
 import os
+import pathlib
 import re
 import signal
+import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,6 +37,11 @@ from absl import flags
 from ddim_jax import _tfds
 from ddim_jax._tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
 from ddim_jax._tfds import prepare as prepare
+
+GUARD = (
+    "worker processes import the main script, which must do its work under "
+    '`if __name__ == "__main__":`; put it there, or read without num_workers'
+)
 
 Transform = Callable[[np.ndarray], np.ndarray]
 Take = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -209,6 +218,7 @@ def batches(
 
     Raises:
       ValueError: a size, seed, start or process outside its range.
+      RuntimeError: worker processes without that guard; or, from the iterator, one has ended.
 
     Example:
       >>> iterator = batches(load("digits"), batch_size=32, seed=0)
@@ -233,6 +243,7 @@ def batches(
     threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     ahead = gathered.to_iter_dataset(threads)
     if num_workers:
+        check_main_guard()
         if not flags.FLAGS.is_parsed():  # grain's workers read its flags, which have defaults
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(prefetch, 1))
@@ -284,9 +295,39 @@ def _gather(dataset: Dataset, mine: slice, indices: np.ndarray) -> tuple[Any, ..
     return (*dataset.read(indices[mine]), dataset.unreadable.copy())
 
 
+def check_main_guard() -> None:
+    """Raises RuntimeError where worker processes, importing the main script, would start workers.
+
+    A parent would wait for such a worker for ever, which is why its script is read beforehand. The
+    `__main__.py` of a package is never imported by workers.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(f"a worker process ends: {GUARD}")
+    main = sys.modules["__main__"]
+    package = getattr(getattr(main, "__spec__", None), "name", "").rpartition(".")[2] == "__main__"
+    frame: types.FrameType | None = sys._getframe()
+    while frame and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    if package or frame is None or not os.path.exists(frame.f_code.co_filename):
+        return
+    for statement in ast.parse(pathlib.Path(frame.f_code.co_filename).read_bytes()).body:
+        names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+        at = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
+        if frame.f_lineno in at and "__name__" not in names:
+            raise RuntimeError(f"{frame.f_code.co_filename}, line {frame.f_lineno}: {GUARD}")
+
+
 def _stream(running: list[grain.DatasetIterator]) -> Iterator[dict[str, np.ndarray]]:
     while running:
-        yield next(running[0])
+        try:
+            batch = next(running[0])
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):  # grain's words
+                raise
+            raise RuntimeError(
+                f"a worker process has ended: it was killed (is memory short?), or else {GUARD}"
+            ) from error
+        yield batch
 
 
 def _end(running: list[grain.DatasetIterator]) -> None:

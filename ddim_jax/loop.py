@@ -33,8 +33,10 @@ from ddim_jax.checkpoint import (
     saved_steps,
     set_aside,
 )
-from ddim_jax.data import Dataset, batch_indices, batches
+from ddim_jax.data import Dataset, batch_indices, batches, check_main_guard
+from ddim_jax.flops import flops_per_image
 from ddim_jax.images import grid
+from ddim_jax.pretrained import from_facts
 from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.process.schedule import Schedule
@@ -53,17 +55,22 @@ IN_FLIGHT = 2  # steps handed to the device before the host waits for one
 MAX_SKIPPED = 100  # updates in a row, after which a run that skips them stops nevertheless
 PREVIEW_IMAGES, PREVIEW_STEPS = 36, 20
 
-# These may change when a run is resumed; anything else would make it another run.
+# These may change when a run is resumed; anything else would make it another run. Those of the
+# second kind leave every function as it is, but not the order of sums, nor of dropout's draws.
 FREE_ON_RESUME = (
-    "num_steps",
-    "log_every",
-    "checkpoint_every",
-    "sample_every",
-    "keep",
-    "fsdp",
-    "num_threads",
-    "num_workers",
-    "skip_nonfinite",
+    "train.num_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.keep",
+    "train.num_threads",
+    "train.num_workers",
+    "train.skip_nonfinite",
+)
+ROUNDS_ON_RESUME = ("train.accumulate", "train.fsdp", "model.remat")
+ROUNDED = (
+    "from here on the run agrees with the unbroken one up to rounding (and, with another "
+    "accumulate, but for the masks of dropout), as these differ:"
 )
 
 
@@ -106,7 +113,9 @@ def fit(
       config: how to train.
       directory: the run folder, made if missing.
       facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
-        "data" (the data set's provenance): {"model": …}, what a reader needs to rebuild apply_fn.
+        "data" (the data set's provenance): what a reader needs to rebuild apply_fn. Of our U-Net
+        `ddim_jax.pretrained.to_facts(schedule_config, unet_config)`, without which `load_model`
+        does not read the run; a warning says so at the start.
       num_classes: see `make_train_step`.
       resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
         "auto": continue where there is a checkpoint, begin where there is none.
@@ -125,14 +134,17 @@ def fit(
       BlockingIOError: another process trains in the folder.
       CheckpointError: nothing to resume, no readable checkpoint that fits `params`, or a checkpoint
         could not be written.
-      ValueError: the saved configuration differs, and the message shows where; or the batch cannot
-        be split over the devices.
+      ValueError: the saved configuration differs, and the message shows where; the batch cannot be
+        split over the devices; or `facts` tell of another schedule, or of a U-Net with other
+        parameters or images.
+      RuntimeError: worker processes, and a main script without `if __name__ == "__main__":`.
       FloatingPointError: a loss or gradient is not finite.
       Preempted: a signal asked to stop, and the state is saved.
     """
     directory = pathlib.Path(directory)
     folder = directory / "checkpoints"
     mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
+    _check_facts(config_dict, params, schedule, dataset, folder, say)
     params = jax.tree.map(np.asarray, params)
     like = jax.eval_shape(lambda p: init_state(p, config), params)
     sharding = parallel.state_sharding(mesh, like)
@@ -224,36 +236,6 @@ def fit(
     return state
 
 
-def flops_per_image(
-    apply_fn: ApplyFn, params: Params, shape: tuple[int, ...], num_classes: int | None = None
-) -> float:
-    """Floating-point operations of one forward pass on one image, counted by XLA.
-
-    XLA counts the body of a loop once, however often it runs.
-
-    Args:
-      apply_fn: the network.
-      params: its parameters, or their shapes.
-      shape: (B, H, W, C) of a batch.
-      num_classes: see `make_train_step`.
-
-    Returns:
-      FLOP, 0 if they cannot be counted; a backward pass takes about twice as many.
-
-    Example:
-      >>> weight = jnp.zeros((64, 64))
-      >>> network = lambda w, x, t, dropout_key=None: (x.reshape(1, 64) @ w).reshape(x.shape)
-      >>> flops_per_image(network, weight, (1, 8, 8, 1))
-      8192.0
-    """
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    t = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    labels = {} if num_classes is None else {"labels": t}
-    plain = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    counted = jax.jit(apply_fn).lower(plain, x, t, **labels).cost_analysis() or {}
-    return max(float(counted.get("flops", 0)), 0.0) / shape[0]
-
-
 def check_run(
     dataset: Dataset,
     config: TrainConfig,
@@ -277,6 +259,8 @@ def check_run(
     folder = directory / "checkpoints"
     if resume not in ("never", "auto", "must"):
         raise ValueError(f"resume must be 'never', 'auto' or 'must', got {resume!r}")
+    if config.num_workers:
+        check_main_guard()
     if num_classes not in (None, dataset.num_classes):
         raise ValueError(
             f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
@@ -303,26 +287,72 @@ def check_run(
     return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Raises ValueError, showing each difference, where two configurations make two runs.
+
+    Returns:
+      A line for each difference that changes rounding alone.
 
     Example:
       >>> check_same_run({"train": {"seed": 0, "keep": 3}}, {"train": {"seed": 0, "keep": 5}})
+      []
+      >>> check_same_run({"train": {"accumulate": 1}}, {"train": {"accumulate": 4}})
+      ['  train.accumulate: saved 1, now 4']
       >>> check_same_run({"train": {"seed": 0}}, {"train": {"seed": 1}})
       Traceback (most recent call last):
       ValueError: a resumed run must keep its configuration, but these differ:
         train.seed: saved 0, now 1
     """
-    free = {f"train.{name}" for name in FREE_ON_RESUME}
+    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
     if wanted["train"].get("cosine_decay"):
         free.remove("train.num_steps")
-    a, b = (
-        {name: value for name, value in flat(config).items() if name not in free}
-        for config in (saved, wanted)
-    )
-    if differ := differences(a, b):
+
+    def among(names: Callable[[str], bool]) -> list[str]:
+        both = ({k: v for k, v in flat(config).items() if names(k)} for config in (saved, wanted))
+        return differences(*both)
+
+    if differ := among(lambda name: name not in free):
         raise ValueError(
             "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
+        )
+    return among(lambda name: name in ROUNDS_ON_RESUME)
+
+
+def _check_facts(
+    config: dict[str, Any],
+    params: Params,
+    schedule: Schedule,
+    dataset: Dataset,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> None:
+    """Says at the start of a run what `load_model` would say of it in the end."""
+    from ddim_jax.unet import abstract_params, check_params
+
+    try:
+        schedule_config, model = from_facts(config)
+        built = schedule_config.build()
+    except ValueError as error:
+        if jax.process_index() == 0:
+            say(
+                f"warning: load_model and `ddim-jax sample` will not read this run ({error}). For "
+                "a U-Net of ours give fit(..., facts=to_facts(schedule_config, unet_config)), of "
+                "ddim_jax.pretrained; of a network of your own read the moving average with "
+                f"ddim_jax.checkpoint.restore_part({str(folder)!r})"
+            )
+        return
+    check_params(params, abstract_params(model))
+    told, used = (np.asarray(s.log_alpha_bar) for s in (built, schedule))
+    if told.shape != used.shape or not np.allclose(told, used, rtol=1e-5):
+        raise ValueError(
+            f"the schedule of facts, {schedule_config}, is not the one to train with: build it by "
+            "schedule_config.build()"
+        )
+    if model.image_shape != dataset.image_shape:
+        raise ValueError(
+            f"the network of facts has images {model.image_shape}, {dataset.name} has "
+            f"{dataset.image_shape}: set image_size={dataset.image_shape[:2]} and in_channels="
+            f"{dataset.image_shape[2]} in its UNetConfig"
         )
 
 
@@ -351,7 +381,8 @@ def _restore(
             say(f"warning: {error}")
             damaged.append(step)
             continue
-        check_same_run(restored.config, config)
+        if rounded := check_same_run(restored.config, config):
+            say("\n".join([ROUNDED, *rounded]))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints were read")
         for bad in damaged if jax.process_index() == 0 else ():

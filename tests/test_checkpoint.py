@@ -332,3 +332,12 @@ def test_damaged_steps_are_set_aside_and_kept(tmp_path):
     assert checkpoint.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5-1"
     assert saved_steps(folder) == [4]
     assert_same(restore(tmp_path / "run" / "damaged", make_state(), 5).state, make_state(5))
+
+
+def test_a_wait_for_the_save_before_is_not_written_across_the_progress_bar(
+    tmp_path, monkeypatch, caplog
+):
+    manager = "orbax.checkpoint.checkpoint_manager._WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS"
+    monkeypatch.setattr(manager, -1.0)  # as if every save had to wait
+    write(tmp_path, (1, 2))
+    assert not caplog.records

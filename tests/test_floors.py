@@ -10,7 +10,7 @@ import ddim_jax
 ROOT = pathlib.Path(ddim_jax.__file__).parent
 
 FLOORS = [
-    {"_types", "_files", "_digest"},
+    {"_types", "_files", "_digest", "flops"},
     {
         "schedule",
         "timesteps",
