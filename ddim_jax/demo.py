@@ -19,9 +19,9 @@ from ddim_jax.images import to_model
 from ddim_jax.loop import fit
 from ddim_jax.presets import digits
 from ddim_jax.pretrained import Model, load_model, to_facts
+from ddim_jax.process.spacing import timesteps
 from ddim_jax.run_folder import read_metrics
 from ddim_jax.sampling import initial_noise, make_sampler, trajectory
-from ddim_jax.process.spacing import timesteps
 from ddim_jax.unet import build, count_params
 
 STEPS = (10, 20, 50, 100)

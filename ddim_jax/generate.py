@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import ddim_jax
 from ddim_jax._files import differences, write_whole
-from ddim_jax.arrays import Array
+from ddim_jax.arrays import Array, image_keys
 from ddim_jax.images import to_uint8
 from ddim_jax.pretrained import Model
 from ddim_jax.process import Schedule, as_timesteps, predicts, timesteps
@@ -45,7 +45,6 @@ from ddim_jax.sampling import (
     initial_noise,
     make_sampler,
 )
-from ddim_jax.arrays import image_keys
 
 FORMAT = 2  # 1 had the number of shards in their names
 SETTINGS = "settings.json"

@@ -37,10 +37,10 @@ from ddim_jax.data import Dataset, batch_indices, batches, check_main_guard
 from ddim_jax.flops import flops_per_image
 from ddim_jax.images import grid
 from ddim_jax.pretrained import from_facts
-from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
-from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import timesteps
+from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
+from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.training import (
     ApplyFn,
     Metrics,

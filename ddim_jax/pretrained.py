@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddim_jax.arrays import Array, Denoiser
 from ddim_jax._unet_config import UNetConfig, check_params
+from ddim_jax.arrays import Array, Denoiser
 from ddim_jax.diffusers_format import (
     Contents,
     is_diffusers_weights,

@@ -22,8 +22,8 @@ from ddim_jax.checkpoint import (
 from ddim_jax.data import Dataset
 from ddim_jax.loop import fit
 from ddim_jax.pretrained import load_model, to_facts
-from ddim_jax.run_folder import Preempted, locked, writer
 from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.run_folder import Preempted, locked, writer
 from ddim_jax.summary import summarise
 from ddim_jax.training import TrainConfig
 from ddim_jax.unet import UNetConfig, build

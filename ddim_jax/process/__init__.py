@@ -27,5 +27,5 @@ from ddim_jax.process.schedule import (
     schedule_from_alpha_bar,
     schedule_from_betas,
 )
-from ddim_jax.process.stepping import ddim_step, step
 from ddim_jax.process.spacing import as_timesteps, timesteps
+from ddim_jax.process.stepping import ddim_step, step

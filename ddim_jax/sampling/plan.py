@@ -24,8 +24,8 @@ from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_co
 from ddim_jax.process.gaussian import Coefficients
 from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
-from ddim_jax.process.stepping import towards
 from ddim_jax.process.spacing import as_timesteps
+from ddim_jax.process.stepping import towards
 
 
 @jax.tree_util.register_dataclass
