@@ -2,7 +2,6 @@
 
 from ddim_jax import categorical
 from ddim_jax.arrays import Denoiser, image_keys
-from ddim_jax.pretrained import Model, load_model, save_diffusers, save_model
 from ddim_jax.process import (
     Coefficients,
     Prediction,
@@ -67,6 +66,5 @@ from ddim_jax.sampling import (
     trajectory,
     watch,
 )
-from ddim_jax.torch_files import load_torch
-
-__version__ = "0.1.0"
+from ddim_jax.version import __version__
+from ddim_jax.weights import Model, load_model, load_torch, save_diffusers, save_model

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax.flops import count_flops, flops_per_image
-from ddim_jax.unet import UNetConfig, abstract_params, make_apply
+from ddim_jax.networks.flops import count_flops, flops_per_image
+from ddim_jax.networks.unet import UNetConfig, abstract_params, make_apply
 from tests.tiny import UNET
 
 A, B = jnp.ones((5, 7)), jnp.ones((7, 3))

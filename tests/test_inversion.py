@@ -183,9 +183,7 @@ def test_invert_other_predictions(prediction):
     tau, x_0 = ddim.timesteps(1000, 20, "quadratic")[:12], jnp.linspace(-0.2, 0.2, 12).reshape(4, 3)
     denoise = ddim.predicts(network[prediction], prediction)
     x_T = invert(denoise, x_0, SCHEDULE, tau).check()
-    np.testing.assert_allclose(
-        ddim.sample(denoise, x_T, SCHEDULE, tau), x_0, atol=1e-4
-    )
+    np.testing.assert_allclose(ddim.sample(denoise, x_T, SCHEDULE, tau), x_0, atol=1e-4)
 
 
 def test_an_image_is_solved_alike_in_any_batch():

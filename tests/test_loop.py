@@ -11,22 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax import loop, training
-from ddim_jax.checkpoint import (
+from ddim_jax.data import Dataset
+from ddim_jax.networks.unet import UNetConfig, build
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.storage.checkpoint import (
     CheckpointError,
     DamagedError,
     restore_config,
     restore_part,
     saved_steps,
 )
-from ddim_jax.data import Dataset
-from ddim_jax.loop import fit
-from ddim_jax.pretrained import load_model, to_facts
-from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.run_folder import Preempted, locked, writer
-from ddim_jax.summary import summarise
-from ddim_jax.training import TrainConfig
-from ddim_jax.unet import UNetConfig, build
+from ddim_jax.training import loop
+from ddim_jax.training import step as training
+from ddim_jax.training.loop import fit
+from ddim_jax.training.run_folder import Preempted, locked, writer
+from ddim_jax.training.step import TrainConfig
+from ddim_jax.training.summary import summarise
+from ddim_jax.weights.pretrained import load_model, to_facts
 from tests.tiny import (
     SCHEDULE,
     affine,

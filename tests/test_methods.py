@@ -1,5 +1,7 @@
 """One suite over all methods: what every one of them must do, and what is special to some."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +134,7 @@ def test_a_table_of_ones_own():
 
     x_T = ddim.initial_noise(KEY, 4, (3,))
     x, visited = np.asarray(x_T, np.float64) / np.sqrt(A[TAU[-1]]), [*TAU[::-1], 0]
-    for t, s in zip(visited[:-1], visited[1:], strict=True):
+    for t, s in itertools.pairwise(visited):
         sigma = np.sqrt(1 / A[[t, s]] - 1)
         mean, b = np.sqrt(A[t]) * 0.3, 1 - A[t]
         eps = np.sqrt(b) * (np.sqrt(A[t]) * x - mean) / (A[t] * 0.2 + b)

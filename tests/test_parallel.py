@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from ddim_jax import parallel
-from ddim_jax.checkpoint import Checkpoints, restore, restore_part, saved_steps
 from ddim_jax.data import batches, load
+from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.schedule import linear_schedule
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.training import TrainConfig, init_state, make_train_step
-from ddim_jax.unet import UNetConfig, build
+from ddim_jax.storage.checkpoint import Checkpoints, restore, restore_part, saved_steps
+from ddim_jax.training import parallel
+from ddim_jax.training.step import TrainConfig, init_state, make_train_step
 from tests import worker
 from tests.worker import finish, start
 

@@ -16,12 +16,12 @@ import pytest
 import safetensors.numpy
 
 import ddim_jax as ddim
-from ddim_jax import unet
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.pretrained import PAPER, load_model, save_diffusers, save_model, to_facts
+from ddim_jax.networks import unet
 from ddim_jax.process import ScheduleConfig, predicts
-from ddim_jax.state_dict import from_state_dict, infer_config, to_state_dict
-from ddim_jax.weights import HEADER_KEY, save_weights
+from ddim_jax.storage.checkpoint import Checkpoints
+from ddim_jax.storage.weights_file import HEADER_KEY, save_weights
+from ddim_jax.weights.pretrained import PAPER, load_model, save_diffusers, save_model, to_facts
+from ddim_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
 from tests.tiny import assert_same
@@ -87,7 +87,7 @@ def test_state_dict_round_trip_and_linear_attention():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_networks_of_the_paper_are_inferred_from_shapes(name):
-    from ddim_jax.presets import PRESETS
+    from ddim_jax.training.presets import PRESETS
 
     config = PAPER[name]
     assert config == dataclasses.replace(PRESETS[name]().model, dropout=0.0)

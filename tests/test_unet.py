@@ -7,8 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax.unet import GroupNorm, UNetConfig, abstract_params, build, count_params, upsample
-from ddim_jax.unet import timestep_embedding as embed
+from ddim_jax.networks.unet import (
+    GroupNorm,
+    UNetConfig,
+    abstract_params,
+    build,
+    count_params,
+    upsample,
+)
+from ddim_jax.networks.unet import timestep_embedding as embed
 from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)

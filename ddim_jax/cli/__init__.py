@@ -110,9 +110,9 @@ def version() -> str:
     """Of this package and of JAX."""
     import jax
 
-    import ddim_jax
+    from ddim_jax.version import __version__
 
-    return f"ddim_jax {ddim_jax.__version__}, jax {jax.__version__}"
+    return f"ddim_jax {__version__}, jax {jax.__version__}"
 
 
 class Terminated(KeyboardInterrupt):
@@ -138,7 +138,7 @@ def _run(name: str, words: list[str]) -> None:
     import jax
     import tyro
 
-    from ddim_jax.run_folder import Preempted
+    from ddim_jax.training.run_folder import Preempted
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -195,7 +195,7 @@ def _missing_platform() -> str | None:
     except (RuntimeError, AssertionError):
         jax.config.update("jax_platforms", "")
     return (
-        f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} asks for a platform that is not there; there is "
-        f"{jax.default_backend()}. Unset JAX_PLATFORMS to take it; a GPU needs pip install "
+        f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} asks for a platform that is not there; "
+        f"there is {jax.default_backend()}. Unset JAX_PLATFORMS to take it; a GPU needs pip install "
         "'jax[cuda12]', a TPU 'jax[tpu]'"
     )

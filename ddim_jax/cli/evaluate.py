@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ddim_jax.cli.options import check_writable
 from ddim_jax.evaluation import evaluate as measure
 from ddim_jax.evaluation import extractors, reference_statistics
-from ddim_jax.generate import iter_shards, read_settings
-from ddim_jax.presets import DataConfig
+from ddim_jax.generation.shards import iter_shards, read_settings
+from ddim_jax.training.presets import DataConfig
 
 EXTRACTORS = {
     "pixels": lambda _: extractors.pixels(),
@@ -56,7 +56,7 @@ def evaluate(
     number, shape = settings["num_images"], tuple(settings["image_shape"])
     if blocks and not 2 <= blocks <= number // 2:
         raise ValueError(
-            f"--blocks must be 0, or from 2 to half of the {number} images of {images}, got {blocks}"
+            f"--blocks must be 0, or from 2 to half of the {number} images, got {blocks}"
         )
     shards = iter_shards(images)
     file = reference or images.resolve().with_name(f"{data.replace('/', '_')}-{split}-{kind}.npz")

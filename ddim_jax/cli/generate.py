@@ -6,8 +6,8 @@ import pathlib
 
 import tyro
 
-from ddim_jax import generate as module
 from ddim_jax.cli.options import ProcessOptions, SamplingOptions, SourceOptions, check_writable
+from ddim_jax.generation import shards as module
 
 
 def generate(

@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import tyro
 
-from ddim_jax import parallel
-from ddim_jax.generate import Labels
-from ddim_jax.pretrained import Model, load_model
+from ddim_jax.generation.shards import Labels
 from ddim_jax.process import Schedule, ScheduleConfig, as_timesteps, timesteps
 from ddim_jax.sampling import Method, find_method
+from ddim_jax.training import parallel
+from ddim_jax.weights.pretrained import Model, load_model
 
 Spacing = Literal[
     "linear", "quadratic", "uniform", "quad", "leading", "trailing", "linspace", "logsnr"
@@ -61,7 +61,7 @@ class Sampling:
       method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), pf-euler, or module:function.
       eta: of the method ddim: 0 is DDIM, 1 is DDPM.
       spacing: of τ.
-      tau: τ itself, in place of steps and spacing: "1,10,100", or a file of numbers (.npy, or text).
+      tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
       label: of a model with K classes, the class of all images, in 0..K; K means none.
       cycle_labels: of a model with K classes, image k gets class k mod K.

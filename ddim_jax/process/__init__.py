@@ -1,4 +1,4 @@
-"""The process: schedules, τ, the Gaussian equations, what a network predicts, objective, oracles."""
+"""The process: schedules, τ, Gaussian equations, what a network predicts, objective, oracles."""
 
 from ddim_jax.process import oracle
 from ddim_jax.process.gaussian import (

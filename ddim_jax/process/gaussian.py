@@ -25,7 +25,7 @@ class Coefficients(NamedTuple):
     sqrt_one_minus_alpha_bar_t: ArrayLike  # √(1 − ᾱ_t)
     sqrt_alpha_bar_s: ArrayLike  # √ᾱ_s
     direction: ArrayLike  # √(1 − ᾱ_s − σ²), what multiplies ε in Eq. 12
-    sigma: ArrayLike  # what multiplies the noise z: σ, or σ̂
+    sigma: Any  # what multiplies the noise z: σ, or σ̂; None in a plan without noise
 
 
 def forward_marginal(schedule: Schedule, x_0: Array, t: ArrayLike, noise: Array) -> Array:

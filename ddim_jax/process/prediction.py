@@ -220,8 +220,8 @@ def _said(network: Any) -> Prediction | None:
             return Prediction(said)
         if isinstance(said, Prediction):
             return said
-        network = network.func if isinstance(network, partial) else getattr(
-            network, "__wrapped__", None
+        network = (
+            network.func if isinstance(network, partial) else getattr(network, "__wrapped__", None)
         )
     return None
 

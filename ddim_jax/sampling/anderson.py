@@ -1,4 +1,4 @@
-"""Fixed-point equations, one for each image, by Anderson-accelerated iterations with a safeguard."""
+"""Fixed-point equations, one for each image, by Anderson's iterations with a safeguard."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class _Solve(NamedTuple):
     plain: Array  # (B,) bool: x is a damped step with no extrapolation
 
 
-def solve(
-    residual: Callable[[Array], Array], x: Array, max_iterations: int
-) -> tuple[Array, Array]:
+def solve(residual: Callable[[Array], Array], x: Array, max_iterations: int) -> tuple[Array, Array]:
     """Solve residual(x) = 0 for each image (Anderson 1965; Walker & Ni 2011, type II).
 
     x ← x + β f − (ΔX + β ΔF) γ, with γ = argmin ‖f − ΔF γ‖ over the last M differences. An iterate

@@ -48,9 +48,7 @@ def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | None = None) -> Method:
 
     def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
         t, s = pairs(schedule, tau)
-        steps = coefficients(
-            schedule, t, s, _along("eta", eta, t), sigma=_along("sigma", sigma, t)
-        )
+        steps = coefficients(schedule, t, s, _along("eta", eta, t), sigma=_along("sigma", sigma, t))
         noise = eta if sigma is None else sigma
         silent = is_concrete(noise) and not np.any(np.asarray(noise))
         return Plan(t, steps._replace(sigma=None) if silent else steps)
@@ -131,7 +129,9 @@ def find_method(name: str, eta: float = 0.0) -> Method:
         return METHODS[name](eta) if name == "ddim" else METHODS[name]()
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"unknown method {name!r}; choose {', '.join(METHODS)}, or module:function")
+        raise ValueError(
+            f"unknown method {name!r}; choose {', '.join(METHODS)}, or module:function"
+        )
     try:
         return getattr(importlib.import_module(module), attribute)()
     except AttributeError as error:

@@ -5,9 +5,9 @@ place of the prediction,
 
     x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε̄ + σ z,   ε̄ = Σ_j w_j ε_j   (or x̄_0 = Σ_j w_j x̂_0,j),
 
-where j counts calls back in time, and each of (x̂_0, ε̄) fixes the other at x_t. The numbers are known
-before the run: a method is a function (schedule, τ) → `Plan`, one row a step, and two methods of
-one memory length are one compiled program.
+where j counts calls back in time, and each of (x̂_0, ε̄) fixes the other at x_t. The numbers are
+known before the run: a method is a function (schedule, τ) → `Plan`, one row a step, and two methods
+of one memory length are one compiled program.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def run(
     num_kept = int(keep.sum())
     slots = np.where(keep, np.cumsum(keep) - 1, num_kept)  # the one out of range is dropped
 
-    def body(carry: Any, row: tuple[Plan, Array]) -> tuple[Any, None]:
+    def body(carry: Any, row: Any) -> tuple[Any, None]:
         (x, past, kept), (now, slot) = carry, row
         output = call(denoise, x, jnp.full(x.shape[:1], now.t), x_T.dtype)
         x_0, eps = prediction.x0_eps(now.told or now.steps, x, output)
@@ -138,7 +138,9 @@ def run(
     memory = 0 if plan.weights is None else plan.weights.shape[1]
     past = jnp.zeros((memory, *x.shape), x.dtype)
     kept = tuple(jnp.zeros((num_kept, *x.shape), x_T.dtype) for _ in range(2))
-    (x_0, _, kept), _ = jax.lax.scan(body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32)))
+    (x_0, _, kept), _ = jax.lax.scan(
+        body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32))
+    )
     return x_0.astype(x_T.dtype), (kept[0], kept[1])
 
 

@@ -287,4 +287,3 @@ def _keys(plan: Plan, key: Array | None, batch: int) -> Array | None:
     if plan.steps.sigma is not None:
         raise ValueError("this sampler adds noise (eta > 0) and needs key=jax.random.key(...)")
     return None
-

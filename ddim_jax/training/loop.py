@@ -22,9 +22,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ddim_jax import parallel
-from ddim_jax._files import differences, flat
-from ddim_jax.checkpoint import (
+from ddim_jax.data import Dataset, batch_indices, batches, check_main_guard
+from ddim_jax.networks.flops import flops_per_image
+from ddim_jax.pictures.images import grid
+from ddim_jax.process.prediction import predicts
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.spacing import timesteps
+from ddim_jax.sampling import initial_noise, make_sampler
+from ddim_jax.storage.checkpoint import (
     CheckpointError,
     Checkpoints,
     DamagedError,
@@ -33,15 +38,10 @@ from ddim_jax.checkpoint import (
     saved_steps,
     set_aside,
 )
-from ddim_jax.data import Dataset, batch_indices, batches, check_main_guard
-from ddim_jax.flops import flops_per_image
-from ddim_jax.images import grid
-from ddim_jax.pretrained import from_facts
-from ddim_jax.process.schedule import Schedule
-from ddim_jax.process.spacing import timesteps
-from ddim_jax.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
-from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.training import (
+from ddim_jax.storage.files import differences, flat
+from ddim_jax.training import parallel
+from ddim_jax.training.run_folder import LOG, MetricsLog, Preempted, StopSignals, locked
+from ddim_jax.training.step import (
     ApplyFn,
     Metrics,
     Params,
@@ -50,6 +50,7 @@ from ddim_jax.training import (
     init_state,
     make_train_step,
 )
+from ddim_jax.weights import Model, from_facts
 
 IN_FLIGHT = 2  # steps handed to the device before the host waits for one
 MAX_SKIPPED = 100  # updates in a row, after which a run that skips them stops nevertheless
@@ -114,7 +115,7 @@ def fit(
       directory: the run folder, made if missing.
       facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
         "data" (the data set's provenance): what a reader needs to rebuild apply_fn. Of our U-Net
-        `ddim_jax.pretrained.to_facts(schedule_config, unet_config)`, without which `load_model`
+        `ddim_jax.weights.pretrained.to_facts(schedule_config, unet_config)`, without which `load_model`
         does not read the run; a warning says so at the start.
       num_classes: see `make_train_step`.
       resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
@@ -143,6 +144,7 @@ def fit(
     """
     directory = pathlib.Path(directory)
     folder = directory / "checkpoints"
+    apply_fn = predicts(apply_fn, config.prediction)
     mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
     _check_facts(config_dict, params, schedule, dataset, folder, say)
     params = jax.tree.map(np.asarray, params)
@@ -283,7 +285,13 @@ def check_run(
             f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
             "none"
         )
-    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **(facts or {})}
+    facts = {"prediction": config.prediction, **(facts or {})}
+    if facts["prediction"] != config.prediction:
+        raise ValueError(
+            f"facts say that the network predicts {facts['prediction']!r}, config.prediction that "
+            f"it learns {config.prediction!r}: leave it out of facts"
+        )
+    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **facts}
     return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
 
 
@@ -327,7 +335,7 @@ def _check_facts(
     say: Callable[[str], None],
 ) -> None:
     """Says at the start of a run what `load_model` would say of it in the end."""
-    from ddim_jax.unet import abstract_params, check_params
+    from ddim_jax.networks.unet import abstract_params, check_params
 
     try:
         schedule_config, model = from_facts(config)
@@ -338,7 +346,7 @@ def _check_facts(
                 f"warning: load_model and `ddim-jax sample` will not read this run ({error}). For "
                 "a U-Net of ours give fit(..., facts=to_facts(schedule_config, unet_config)), of "
                 "ddim_jax.pretrained; of a network of your own read the moving average with "
-                f"ddim_jax.checkpoint.restore_part({str(folder)!r})"
+                f"ddim_jax.storage.checkpoint.restore_part({str(folder)!r})"
             )
         return
     check_params(params, abstract_params(model))
@@ -450,13 +458,9 @@ def _make_preview(
     """Draws the same x_T with the moving average, η = 0; process 0 does so, on its first device."""
     gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))
 
-    def network(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
-        if num_classes is None:
-            return apply_fn(params, x, t)
-        return apply_fn(params, x, t, labels=jnp.arange(x.shape[0]) % num_classes)
-
     tau = timesteps(schedule.num_steps, min(PREVIEW_STEPS, schedule.num_steps))
-    sampler = make_sampler(network, schedule, tau)
+    sampler = make_sampler(Model(apply_fn, None, schedule), tau)
+    labels = {} if num_classes is None else {"labels": jnp.arange(PREVIEW_IMAGES) % num_classes}
 
     def preview(ema: Params, step: int, log: MetricsLog) -> None:
         whole = gather(ema)
@@ -465,7 +469,7 @@ def _make_preview(
         elif jax.process_index() == 0:
             own = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
             x_T = initial_noise(jax.random.key(seed), PREVIEW_IMAGES, image_shape)
-            images = np.asarray(sampler(own, x_T))
+            images = np.asarray(sampler(x_T, params=own, **labels))
             if np.isfinite(images).all():
                 log.picture(step, grid(images, scale=max(1, 64 // image_shape[0])))
             else:

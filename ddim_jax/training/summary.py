@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax.checkpoint import CheckpointError, restore_config, restore_part, saved_steps
-from ddim_jax.run_folder import LOG, read_metrics, writer
+from ddim_jax.storage.checkpoint import CheckpointError, restore_config, restore_part, saved_steps
+from ddim_jax.training.run_folder import LOG, read_metrics, writer
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 

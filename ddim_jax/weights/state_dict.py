@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax._unet_config import Params, UNetConfig
+from ddim_jax.networks.config import Params, UNetConfig
 
 POINTWISE = ("q", "k", "v", "proj_out", "nin_shortcut")  # 1×1 convolutions in PyTorch
 SUFFIX = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
@@ -68,7 +68,7 @@ def from_state_dict(
       ValueError: tensors are missing, left over, of another shape, or not finite; by name.
 
     Example:
-      >>> from ddim_jax import unet
+      >>> from ddim_jax.networks import unet
       >>> config = UNetConfig(image_size=8, channels=32, multipliers=(1,), attention_resolutions=())
       >>> params = unet.build(config, jax.random.key(0))[1]
       >>> again = from_state_dict(to_state_dict(params), config)
@@ -80,7 +80,7 @@ def from_state_dict(
             f"{len(state)} tensors are too few for {len(config.multipliers)} levels of "
             f"{config.num_blocks} blocks"
         )
-    from ddim_jax import unet  # here, as flax takes half a second to import
+    from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
     abstract = unet.abstract_params(config)
     wanted = {rename(name): (path, leaf) for path, name, leaf in _named(abstract)}

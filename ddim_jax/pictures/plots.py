@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ddim_jax.images import grid
+from ddim_jax.pictures.images import grid
 
 GREY = "#666666"
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from ddim_jax import data
 from ddim_jax.data import Dataset
-from ddim_jax.images import crop_resize
+from ddim_jax.networks.unet import UNetConfig
+from ddim_jax.pictures.images import crop_resize
 from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.training import TrainConfig
-from ddim_jax.unet import UNetConfig
+from ddim_jax.training.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,11 +30,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-import ddim_jax
-from ddim_jax._files import differences, write_whole
 from ddim_jax.arrays import Array, image_keys
-from ddim_jax.images import to_uint8
-from ddim_jax.pretrained import Model
+from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process import Schedule, as_timesteps, predicts, timesteps
 from ddim_jax.process.prediction import Predictor
 from ddim_jax.sampling import (
@@ -45,6 +42,9 @@ from ddim_jax.sampling import (
     initial_noise,
     make_sampler,
 )
+from ddim_jax.storage.files import differences, write_whole
+from ddim_jax.version import __version__
+from ddim_jax.weights.pretrained import Model
 
 FORMAT = 2  # 1 had the number of shards in their names
 SETTINGS = "settings.json"
@@ -153,7 +153,7 @@ def generate(
             "model": dataclasses.asdict(model.config),
             "prediction": model.prediction.kind,
         },
-        "versions": {"ddim_jax": ddim_jax.__version__, "jax": jax.__version__},
+        "versions": {"ddim_jax": __version__, "jax": jax.__version__},
     }
     settings = _claim(directory, settings)
     mine = list(_shards(settings).items())[jax.process_index() :: jax.process_count()]

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ddim_jax._conv import conv
-from ddim_jax._unet_config import (
+from ddim_jax.networks.config import (
     NUM_GROUPS,
     Params,
     UNetConfig,
     check_inputs,
     check_params,
 )
+from ddim_jax.networks.conv import conv
 
 ZERO_INIT = ("conv2", "proj_out", "conv_out")  # every residual branch, and the output, starts at 0
 _zeros = nnx.initializers.zeros_init()

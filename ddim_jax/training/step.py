@@ -6,7 +6,7 @@ Its randomness is a function of (seed, step, number of the image in its batch). 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ import optax
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddim_jax import parallel
-from ddim_jax.images import to_model
+from ddim_jax.pictures.images import to_model
 from ddim_jax.process.objective import loss
+from ddim_jax.process.prediction import PREDICTIONS, predicts
 from ddim_jax.process.schedule import Schedule
+from ddim_jax.training import parallel
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -32,6 +33,9 @@ class TrainConfig:
     Attributes:
       batch_size: images per step, over all devices and processes.
       num_steps: optimiser steps in all.
+      prediction: what the network learns to predict: ε as in the paper, x_0 or v. ε's error is
+        multiplied by 1/√ᾱ_T at the start of sampling, and DDIM never corrects it; a network
+        trained briefly does better with the others.
       learning_rate: Adam's, after the warm-up.
       warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).
       cosine_decay: multiply the rate by ½(1 + cos(π n/num_steps)): better for short runs. num_steps
@@ -69,6 +73,7 @@ class TrainConfig:
 
     batch_size: int = 128
     num_steps: int = 800_000
+    prediction: Literal["eps", "x_0", "v"] = "eps"
     learning_rate: float = 2e-4
     warmup_steps: int = 5000
     cosine_decay: bool = False
@@ -102,6 +107,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, self, name, "in [0, 1)")
         _require(0 <= self.label_dropout <= 1, self, "label_dropout", "in [0, 1]")
         _require(0 <= self.seed < 2**32, self, "seed", "in 0..2**32 - 1")
+        kinds = ", ".join(map(repr, PREDICTIONS))
+        _require(self.prediction in PREDICTIONS, self, "prediction", f"one of {kinds}")
         divides = self.batch_size % self.accumulate == 0
         _require(divides, self, "accumulate", f"a divisor of batch_size = {self.batch_size}")
 
@@ -205,7 +212,7 @@ def make_train_step(
       apply_fn: (params, x (B, H, W, C), t (B,), dropout_key, labels=…) -> ε (B, H, W, C); labels
         are passed only if `num_classes` is given.
       schedule: of the forward process.
-      config: optimiser, average, flips, seed.
+      config: what is predicted, optimiser, average, flips, seed.
       num_classes: K of a class-conditional network, whose label K means "none".
       mesh: from `parallel.make_mesh`: the batch is split over all of it, and the state as
         `parallel.state_sharding` says: parameters are gathered for the forward pass, gradients
@@ -215,6 +222,9 @@ def make_train_step(
       Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}) -> (state, metrics). The
       given state is donated: do not use it again. metrics are scalars on the device: "loss",
       "grad_norm" (before clipping) and "param_norm" (after the update).
+
+    Raises:
+      ValueError: apply_fn says that it predicts something else than `config.prediction`.
 
     Example:
       >>> from ddim_jax.process.schedule import linear_schedule
@@ -229,7 +239,7 @@ def make_train_step(
       (1, ['grad_norm', 'loss', 'param_norm'])
     """
     optimizer = make_optimizer(config)
-    parts = config.accumulate
+    parts, apply_fn = config.accumulate, predicts(apply_fn, config.prediction)
 
     def own(tree: Any) -> Any:  # each device its part, as the state is kept
         if mesh is None:
@@ -252,7 +262,13 @@ def make_train_step(
         def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
             return apply_fn(params, x, t, dropout_key, **labels)
 
-        return loss(denoise, schedule, part["x_0"], loss_key, indices=part["number"])
+        return loss(
+            predicts(denoise, config.prediction),
+            schedule,
+            part["x_0"],
+            loss_key,
+            indices=part["number"],
+        )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ddim_jax._unet_config import UNetConfig
+from ddim_jax.networks.config import UNetConfig
 from ddim_jax.process.schedule import ScheduleConfig
 
 # Each setting of UNet2DModel that must have one value: diffusers' default for it, and that value.

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ddim_jax._files import write_whole
+from ddim_jax.storage.files import write_whole
 
 HEADER_KEY = "ddim_jax"
 FORMAT = 1

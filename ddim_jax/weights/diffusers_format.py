@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddim_jax._unet_config import Params, UNetConfig
-from ddim_jax.diffusers_config import (
+from ddim_jax.networks.config import Params, UNetConfig
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.storage.weights_file import read_safetensors, write_safetensors
+from ddim_jax.weights.diffusers_config import (
     schedule_config,
     scheduler_settings,
     unet_config,
     unet_settings,
 )
-from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.state_dict import from_checkpoint, from_state_dict, to_state_dict
-from ddim_jax.torch_files import load_torch
-from ddim_jax.weights import read_safetensors, write_safetensors
+from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, to_state_dict
+from ddim_jax.weights.torch_files import load_torch
 
 WEIGHTS = "diffusion_pytorch_model"
 FACTS = "ddim_jax_facts"  # in the header of the weights that we write

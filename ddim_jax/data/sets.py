@@ -34,9 +34,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from ddim_jax import _tfds
-from ddim_jax._tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
-from ddim_jax._tfds import prepare as prepare
+from ddim_jax.data import tfds as _tfds
+from ddim_jax.data.tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
+from ddim_jax.data.tfds import prepare as prepare
 
 GUARD = (
     "worker processes import the main script, which must do its work under "

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddim_jax._files import write_whole
-from ddim_jax.images import save_png
+from ddim_jax.pictures.images import save_png
+from ddim_jax.storage.files import write_whole
 
 LOCK = "lock"
 LOG = "metrics.jsonl"

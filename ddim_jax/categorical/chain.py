@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import _categorical as _math
 from ddim_jax.arrays import Array, ArrayLike, is_concrete, per_image
+from ddim_jax.categorical import mixing as _math
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
 

@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from ddim_jax._digest import digests
-from ddim_jax._files import differences
+from ddim_jax.storage.digest import digests
+from ddim_jax.storage.files import differences
 
 FORMAT = 2
 STATE = "state"

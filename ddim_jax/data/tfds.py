@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax.images import decode
+from ddim_jax.pictures.images import decode
 
 DATA_DIR_VARIABLE = "DDIM_JAX_DATA"
 CACHE_BYTES = 2**31  # data sets up to this size are decoded once and then kept in memory

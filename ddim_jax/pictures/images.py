@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddim_jax._files import write_whole
+from ddim_jax.storage.files import write_whole
 
 
 def to_model(images: jax.Array | np.ndarray) -> jax.Array:

@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddim_jax._unet_config import UNetConfig, check_params
 from ddim_jax.arrays import Array, Denoiser
-from ddim_jax.diffusers_format import (
+from ddim_jax.networks.config import UNetConfig, check_params
+from ddim_jax.process import PREDICTIONS, Prediction, Schedule, ScheduleConfig, predicts
+from ddim_jax.process.prediction import prediction_of
+from ddim_jax.storage.weights_file import load_weights, save_weights
+from ddim_jax.weights.diffusers_format import (
     Contents,
     is_diffusers_weights,
     read_diffusers,
     write_diffusers,
 )
-from ddim_jax.process import PREDICTIONS, Prediction, Schedule, ScheduleConfig, predicts
-from ddim_jax.process.prediction import prediction_of
-from ddim_jax.state_dict import from_checkpoint, from_state_dict, infer_config
-from ddim_jax.torch_files import is_torch_file, load_torch
-from ddim_jax.weights import load_weights, save_weights
+from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, infer_config
+from ddim_jax.weights.torch_files import is_torch_file, load_torch
 
-SHIPPED = pathlib.Path(__file__).parent / "models"
+SHIPPED = pathlib.Path(__file__).parents[1] / "models"
 # The networks of the paper, all with the linear schedule. Weights files do not hold dropout.
 PAPER = {
     "cifar10": UNetConfig(dropout=0.0),
@@ -110,7 +110,7 @@ def load_model(
       >>> ddim.sample(model.denoise, x_T, model.schedule, ddim.timesteps(1000, 5)).shape
       (2, 8, 8, 1)
     """
-    from ddim_jax import unet  # here, as flax takes half a second to import
+    from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
     path = _find(source)
     if isinstance(config, str):
@@ -210,17 +210,21 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
 
 
 def to_facts(
-    schedule: ScheduleConfig, model: UNetConfig, prediction: str = "eps"
+    schedule: ScheduleConfig, model: UNetConfig, prediction: str | None = None
 ) -> dict[str, Any]:
-    """What a checkpoint or weights file must carry to rebuild schedule and network."""
-    return {
-        "model": dataclasses.asdict(model),
-        "schedule": dataclasses.asdict(schedule),
-        "prediction": prediction,
-    }
+    """What a checkpoint or weights file must carry to rebuild schedule and network.
+
+    What the network predicts is left out where None; `fit` adds it, and no word means ε.
+
+    Example:
+      >>> sorted(to_facts(ScheduleConfig(), UNetConfig(), "v"))
+      ['model', 'prediction', 'schedule']
+    """
+    facts = {"model": dataclasses.asdict(model), "schedule": dataclasses.asdict(schedule)}
+    return facts if prediction is None else {**facts, "prediction": prediction}
 
 
-def from_facts(facts: dict[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:
+def from_facts(facts: Mapping[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:
     """Schedule and network configuration back from `to_facts`, through JSON or not.
 
     Args:
@@ -269,7 +273,7 @@ def _ours(params: Any, facts: dict[str, Any]) -> Contents:
 def _read_run(
     folder: pathlib.Path, step: int | None, part: str, config: UNetConfig | None
 ) -> Contents:
-    from ddim_jax.checkpoint import restore_config, restore_part
+    from ddim_jax.storage.checkpoint import restore_config, restore_part
 
     facts = restore_config(folder, step)
     if "model" in facts:
