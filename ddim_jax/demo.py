@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import Moments, frechet_distance, moments
 from ddim_jax.networks.unet import build, count_params
-from ddim_jax.arrays import image_keys
 from ddim_jax.pictures import plots
 from ddim_jax.pictures.images import to_model
 from ddim_jax.process.spacing import timesteps

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from ddim_jax.process import PREDICTIONS
+from ddim_jax.storage.files import portable
 
 SIGMA_HAT = "hat"
 HELP = {
@@ -46,7 +47,7 @@ def parse(
       **extra: option → its line of help, where `HELP` has none.
 
     Returns:
-      A namespace, with `command`, the line that repeats it.
+      A namespace, with `command`, the line that repeats it (of absolute paths the names alone).
 
     Raises:
       ValueError: a number is out of range, or a row or column is asked for twice.
@@ -89,7 +90,7 @@ def parse(
         if getattr(args, option) is None:
             setattr(args, option, default)
     _check(args)
-    args.command = shlex.join(["python", "-m", f"experiments.{name}", *words])
+    args.command = shlex.join(["python", "-m", f"experiments.{name}", *map(portable, words)])
     return args
 
 
@@ -116,12 +117,15 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """A script's last line: errors of use become one line and exit code 1."""
+    """A script's last line: errors of use become one line and exit code 1, Ctrl-C 130."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax"))
     try:
         main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)  # an orderly end waits for what the devices compute
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         if os.environ.get("DDIM_JAX_TRACEBACK"):
             raise

@@ -37,6 +37,7 @@ from ddim_jax.generation.shards import generate, iter_shards
 from ddim_jax.networks.unet import make_apply
 from ddim_jax.pictures import plots
 from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.storage.files import portable
 from ddim_jax.training.presets import DataConfig
 from experiments.arguments import noise, num_samples
 from experiments.provenance import (
@@ -274,7 +275,7 @@ class Experiment:
         """
         facts = {}
         if "model" in self.settings:
-            facts["model"] = {"source": self.args.model or "digits", **digest(self.model)}
+            facts["model"] = {"source": portable(self.args.model or "digits"), **digest(self.model)}
         result = {
             "experiment": self.name,
             "status": "run",

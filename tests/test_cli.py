@@ -1,6 +1,12 @@
+import importlib
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import typing
+import warnings
 
 import jax
 import numpy as np
@@ -9,6 +15,7 @@ from PIL import Image
 
 import ddim_jax as ddim
 from ddim_jax import cli
+from ddim_jax.cli.options import Spacing
 from ddim_jax.generation.shards import iter_shards
 from ddim_jax.networks import unet
 from ddim_jax.networks.unet import abstract_params, count_params
@@ -24,6 +31,8 @@ from tests import torch_writer
 def command(monkeypatch, tmp_path, capsys):
     """Runs `ddim-jax …` in an empty folder; returns what it printed, or raises SystemExit."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(signal, "signal", lambda *_: signal.SIG_DFL)  # pytest keeps its own
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "keep the test's own")
     monkeypatch.delenv("DDIM_JAX_DATA", raising=False)
 
@@ -57,6 +66,7 @@ def test_train_resume_sample_info(command, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
     said = command("info run --verify")
     assert said.count("every digest matches") == 2
+    assert said.index("loss:") < said.index("checkpoints:") < said.index("configuration:")
     assert "preset: digits" in said
     assert "step: 4 of 4" in said
     assert re.search("loss: [0-9.]+ [▁-█]{2} [0-9.]+", said)
@@ -85,6 +95,7 @@ def test_sample_the_shipped_model(command, tmp_path):
     assert facts == {
         **{"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear"},
         **{"sigma_hat": False, "clip": False, "seed": 0},
+        **{"label": None, "cycle_labels": False, "guidance": None},
     }
     with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
         command("sample digits --num-images 5 --steps 4 --eta 0.5")
@@ -100,6 +111,7 @@ def test_dry_run_of_every_preset(command, tmp_path):
         parameters = count_params(abstract_params(make().model))
         assert f"parameters: {parameters:,}" in said
         assert "seed: 12" in said
+        assert ("\nchecked: 1,797 images" if name == "digits" else "\nnot checked, as") in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +137,21 @@ def test_presets_say_command_hardware_and_score():
         ("sample digits --steps 1001", "S = 1001 and T = 1000"),
         ("sample digits --eta -1", "eta must be >= 0"),
         ("sample digits --eta 40", "too large"),
-        ("sample digits --spacing cubic", "unknown spacing 'cubic'"),
+        ("sample nothing --eta -1", "eta must be >= 0"),  # before it looks for the model
+        ("sample nothing --steps 0", "--steps must be at least 1"),
+        ("sample nothing --out a.jpg", "must end in .png"),
+        ("sample nothing --label 1 --cycle-labels", "not both"),
+        ("sample nothing --guidance 2", "--guidance is towards a class"),
+        ("generate nothing --out a --batch-size 7", "must divide shard_size"),
+        ("export nothing m.pt", "one .safetensors file, .* got m.pt: name it m.safetensors"),
+        ("export nothing m", "name it m.safetensors"),
+        ("export nothing no/m.safetensors", "there is no folder no for m.safetensors"),
+        ("sample digits --label 1", "has no classes"),
+        ("generate digits --cycle-labels --out r", "has no classes"),
+        ("train digits --model.image-size 16 --dry-run", "the network takes"),
+        ("train digits --train.batch-size 12 --dry-run", "cannot be split over 8 devices"),
+        ("train digits --resume must --dry-run", "no checkpoint to resume from"),
+        ("train digits --train.fsdp 3 --dry-run", "fsdp must divide"),
         ("sample digits --sigma-hat", "--sigma-hat takes --eta 1"),
         ("sample digits --seed 4294967296", r"--seed must be in 0..2\*\*32 - 1"),
         ("export digits new --diffusers --float16", "--float16 is for a .safetensors file"),
@@ -158,14 +184,44 @@ def test_errors_are_messages(command, line, says):
         ("train digits --train.num-steps -4", "at least 1, got -4"),
         ("train digits --model.channels 33", "multiple of 32"),
         ("train digits --model.image-size 9", "multiple of 2"),
-        ("nonsense", "nonsense"),
+        ("nonsense", "no command 'nonsense' usage"),
+        ("trian digits", "no command 'trian'; did you mean train?"),
+        ("--verison", "did you mean --version?"),
+        ("", "say which command"),
+        ("", "train Train a preset"),
+        ("sample nothing --spacing cubic", "('linear', 'quadratic',"),
+        ("sample digits --stepz 3", "Perhaps you meant: --step"),
     ],
 )
 def test_usage_errors_name_what_is_wrong(command, line, says, capsys):
     with pytest.raises(SystemExit) as stop:
         command(line)
     assert stop.value.code == 2
-    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert says in said
+    assert "dummy" not in said
+
+
+def test_help_lists_every_command_and_is_quick(command):
+    said = command("--help")
+    for name, (place, line) in cli.COMMANDS.items():
+        assert f"{name}  " in said
+        module, function = place.split(":")
+        doc = getattr(importlib.import_module(module), function).__doc__
+        assert doc.splitlines()[0] == line
+        assert line in said
+    assert f"ddim_jax {ddim.__version__}" in command("--version")
+    heavy = "{'tyro', 'flax', 'optax', 'orbax', 'grain', 'sklearn', 'tensorflow_datasets'}"
+    code = f"from ddim_jax.cli import main; main(); import sys; print({heavy} & set(sys.modules))"
+    child = [sys.executable, "-c", code, "--help"]
+    assert subprocess.run(child, capture_output=True, text=True).stdout == said + "set()\n"
+
+
+def test_the_spacings_are_those_of_timesteps():
+    with pytest.raises(ValueError, match="unknown spacing") as error:
+        ddim.timesteps(1000, 10, "cubic")
+    known = re.findall("'([a-z]+)'", str(error.value).partition("choose")[2])
+    assert list(typing.get_args(Spacing)) == known
 
 
 def test_foreign_weights_are_refused(command, tmp_path):
@@ -216,8 +272,12 @@ def test_generate_many_images(command, tmp_path, monkeypatch):
     line = "generate digits --out many --num-images 12 --steps 2 --batch-size 2 --shard-size 4"
     assert "12 images" in command(line)
     names = {p.name for p in (tmp_path / "many").iterdir()}
-    assert names == {"settings.json", *(f"images-0000{i}-of-00003.npy" for i in range(3))}
+    assert names == {"settings.json", *(f"images-0000{i}.npy" for i in range(3))}
     command(line)  # finished: nothing to do
+    with pytest.raises(
+        SystemExit, match="--blocks must be 0, or from 2 to half of the 12 images in many, got 20"
+    ):
+        command("evaluate many --data digits")
     with pytest.raises(SystemExit, match="eta: saved 0.0, now 0.5"):
         command(line + " --eta 0.5")
     said = command("evaluate many --data digits --blocks 0")
@@ -226,23 +286,26 @@ def test_generate_many_images(command, tmp_path, monkeypatch):
     assert reference.exists()
     with pytest.raises(SystemExit, match="pixels, resnet56:FILE or inception:FILE, got fid"):
         command("evaluate many --data digits --extractor fid")
-    with pytest.raises(SystemExit, match=r"samples must be \(4, 4, 1\) each"):
-        command("evaluate many --data digits --resize 4 --reference small.npz")
+    with pytest.raises(
+        SystemExit, match=r"many holds images \(8, 8, 1\), digits \(4, 4, 1\): name"
+    ):
+        command("evaluate many --data digits --blocks 0 --resize 4 --reference small.npz")
     monkeypatch.chdir(tmp_path / "many")
     assert command(f"evaluate . --data digits --blocks 0 --reference {reference}") == said
+    monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "small.npz").exists()  # said before the data were read
+    assert "14 images" in command(line.replace("12", "14"))
+    assert [len(shard) for shard in iter_shards("many")] == [4, 4, 4, 2]
 
 
-def test_without_the_training_extras(command, tmp_path, monkeypatch, capsys):
-    for name in ("ddim_jax.cli_train", "ddim_jax.checkpoint"):
+def test_without_the_training_extras(command, tmp_path, monkeypatch):
+    for name in ("ddim_jax.cli.train", "ddim_jax.cli.evaluate", "ddim_jax.checkpoint"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is a ModuleNotFoundError
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for line in ("train digits", "evaluate many --data digits", "sample run"):
-        with pytest.raises(SystemExit, match=r"need: pip install 'ddim_jax\[train\]'"):
+        with pytest.raises(SystemExit, match=r"in a checkout, pip install '\.\[train\]'"):
             command(line)
-    with pytest.raises(SystemExit) as stop:
-        command("--help")
-    assert stop.value.code == 0
-    assert "export" in capsys.readouterr().out
+    assert "train" in command("--help")
 
 
 def test_data_commands(command):
@@ -253,9 +316,15 @@ def test_data_commands(command):
         command("data prepare")
 
 
-def tiny(prediction):
+def tiny(prediction="eps", image_size=8, in_channels=1, channels=32, num_classes=None):
     """A network of random weights."""
-    config = unet.UNetConfig(8, 1, 32, (1,), num_blocks=1, attention_resolutions=(), dropout=0.0)
+    config = unet.UNetConfig(
+        *(image_size, in_channels, channels, (1,)),
+        num_blocks=1,
+        attention_resolutions=(),
+        dropout=0.0,
+        num_classes=num_classes,
+    )
     apply_fn, params = unet.build(config, jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
@@ -310,3 +379,97 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
     command(f"generate {given} --out many --num-images 2 --steps 3")
     command(f"export {given} m.safetensors")
     assert ddim.load_model("m.safetensors").prediction == "v"
+
+
+def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path):
+    model = tiny(channels=64, num_classes=3)  # in groups of one channel a label would be lost
+    model.params["label_embedding"] *= 10  # or random weights hardly see it
+    ddim.save_model("m.safetensors", model)
+    drawing = "m.safetensors --num-images 4 --steps 3"
+    with pytest.warns(UserWarning, match=r"3 classes and draws without any: .* \(--label, "):
+        command(f"sample {drawing} --out none.png")
+    key = jax.random.split(jax.random.key(0))[0]
+    x_T = ddim.initial_noise(key, 4, (8, 8, 1))
+
+    def expected(labels, guidance):
+        def network(x, t, y):
+            return model.apply_fn(model.params, x, t, labels=y)
+
+        guided = ddim.classifier_free_labels(network, jax.numpy.asarray(labels), 3, guidance)
+        return ddim.sample(guided, x_T, model.schedule, [333, 666, 1000])
+
+    pictures = {}
+    for options, labels, guidance in [
+        ("--label 2", [2, 2, 2, 2], 1.0),
+        ("--label 2 --guidance 4", [2, 2, 2, 2], 4.0),
+        ("--cycle-labels", [0, 1, 2, 0], 1.0),
+        ("--label 3", [3, 3, 3, 3], 1.0),
+    ]:
+        command(f"sample {drawing} {options} --out d.png --overwrite")
+        wanted = expected(labels, guidance)
+        with Image.open("d.png") as image:
+            pictures[options] = np.asarray(image)
+        assert differ_by_rounding(pictures[options], grid(wanted, scale=8))
+        folder = re.sub("[- ]", "", options)
+        command(f"generate {drawing} {options} --out {folder}")
+        assert differ_by_rounding(next(iter_shards(folder)), to_uint8(wanted))
+    assert not differ_by_rounding(pictures["--label 2"], pictures["--label 2 --guidance 4"])
+    assert not differ_by_rounding(pictures["--label 2"], pictures["--cycle-labels"])
+    with Image.open("none.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pictures["--label 3"])
+    with pytest.raises(SystemExit, match=r"a class in 0\.\.2, 3 for none"):
+        command(f"sample {drawing} --label 4")
+
+
+def test_oblong_pictures_and_those_that_are_none(command, tmp_path):
+    ddim.save_model("oblong.safetensors", tiny(image_size=(8, 16)))
+    command("sample oblong.safetensors --num-images 1 --steps 2 --out d.png")
+    with Image.open("d.png") as image:
+        assert image.size == (16 * 8 + 2, 8 * 8 + 2)
+    command("generate oblong.safetensors --out many --num-images 2 --steps 2")
+    assert next(iter_shards("many")).shape == (2, 8, 16, 1)
+    ddim.save_model("four.safetensors", tiny(in_channels=4))
+    with pytest.raises(SystemExit, match="images of 4 channels are no PNG"):
+        command("sample four.safetensors")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit, match="file/d.png cannot be written: .*file is a file"):
+        command("sample nothing --out file/d.png")
+
+
+def child(line, **environ):
+    """`ddim-jax LINE` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ddim_jax.cli", *line.split()],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environ},
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "number", "code"),
+    [
+        ("sample digits --steps 1000 --out {}/d.png", signal.SIGINT, 130),
+        ("generate digits --steps 1000 --out {}/many", signal.SIGTERM, 143),
+    ],
+)
+def test_a_stop_is_one_line_and_at_once(tmp_path, line, number, code):
+    with child(line.format(tmp_path)) as process:
+        began = process.stderr.read(20)  # of the bar
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == code
+    assert "0%" in began + said
+    again = "; the same command goes on from here" if "generate" in line else ""
+    assert said.endswith(f"\nddim-jax: stopped{again}\n")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("platform", ["rocm", "abacus"])
+def test_a_platform_that_is_not_there(tmp_path, platform):
+    with child(f"sample digits --out {tmp_path}/d.png", JAX_PLATFORMS=platform) as process:
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said.startswith(f"ddim-jax: error: JAX_PLATFORMS={platform} asks for a platform")
+    assert "there is cpu. Unset JAX_PLATFORMS" in said
+    assert len(said.splitlines()) == 2  # with how to see more

@@ -272,6 +272,7 @@ def test_results_say_where_they_come_from(results):
             assert (result["status"], "weights" in result["reason"]) == ("not run", True)
             continue
         assert result["command"].startswith(f"python -m experiments.{name} --")
+        assert str(results[0]) not in (results[0] / name / "result.json").read_text()
         assert result["versions"]["jax"] == jax.__version__
         assert result["device"]["platform"] == "cpu"
         assert "seed" in result["settings"]

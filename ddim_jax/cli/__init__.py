@@ -194,8 +194,9 @@ def _missing_platform() -> str | None:
         return None
     except (RuntimeError, AssertionError):
         jax.config.update("jax_platforms", "")
+    wanted = os.environ.get("JAX_PLATFORMS")
     return (
-        f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} asks for a platform that is not there; "
-        f"there is {jax.default_backend()}. Unset JAX_PLATFORMS to take it; a GPU needs pip install "
+        f"JAX_PLATFORMS={wanted} asks for a platform that is not there; there is "
+        f"{jax.default_backend()}. Unset JAX_PLATFORMS to take it; a GPU needs pip install "
         "'jax[cuda12]', a TPU 'jax[tpu]'"
     )

@@ -56,7 +56,8 @@ def evaluate(
     number, shape = settings["num_images"], tuple(settings["image_shape"])
     if blocks and not 2 <= blocks <= number // 2:
         raise ValueError(
-            f"--blocks must be 0, or from 2 to half of the {number} images, got {blocks}"
+            f"--blocks must be 0, or from 2 to half of the {number} images in {images}, "
+            f"got {blocks}"
         )
     shards = iter_shards(images)
     file = reference or images.resolve().with_name(f"{data.replace('/', '_')}-{split}-{kind}.npz")

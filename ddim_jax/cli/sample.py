@@ -16,6 +16,7 @@ from ddim_jax.cli.options import SamplingOptions, SourceOptions, check_writable
 from ddim_jax.generation.shards import check_condition, conditioned, label_of, wait
 from ddim_jax.pictures.images import grid, save_png
 from ddim_jax.sampling import initial_noise, make_sampler
+from ddim_jax.storage.files import portable
 
 
 def sample(
@@ -75,8 +76,7 @@ def sample(
             bar.update(min(len(indices), num_images - start))
     all_drawn = np.concatenate(images)[:num_images]
     shown = max(1, 64 // all_drawn.shape[1])
-    text = {
-        "ddim_jax": json.dumps({"model": model, **dataclasses.asdict(sampling), **source.given()})
-    }
+    facts = {"model": portable(model), **dataclasses.asdict(sampling), **source.given()}
+    text = {"ddim_jax": json.dumps(facts)}
     save_png(out, grid(all_drawn, scale=shown), text=text, overwrite=overwrite)
     print(f"wrote {out}: {num_images} images, {sampling}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import reprlib
 import secrets
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,21 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to a `whole_file`."""
     with whole_file(path) as file:
         file.write(content)
+
+
+def portable(word: str) -> str:
+    """A word of a command line without the folders of this machine, to be written into results.
+
+    Example:
+      >>> portable("--out=/home/me/results"), portable("resnet56:/data/r.npz"), portable("runs/a")
+      ('--out=results', 'resnet56:r.npz', 'runs/a')
+    """
+
+    def short(match: re.Match[str]) -> str:
+        path, here = pathlib.Path(match[2]), pathlib.Path.cwd()
+        return match[1] + (str(path.relative_to(here)) if here in path.parents else path.name)
+
+    return re.sub(r"^((?:[^/]*[:=])?)(/.*)$", short, word)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
