@@ -60,7 +60,10 @@ def test_digits_slices(split, window):
     np.testing.assert_array_equal(labels, load_digits().target[window])
 
 
-@pytest.mark.parametrize("split", ["test", "train[", "train[1:2:3]", "train[5:5]", "train[2000:]"])
+WRONG = ["test", "train[", "train[1:2:3]", "train[5:5]", "train[2000:]", "train[:1798]"]
+
+
+@pytest.mark.parametrize("split", [*WRONG, "train[-1798:]", "train[:101%]"])
 def test_digits_wrong_split(split):
     with pytest.raises(ValueError, match="digits"):
         data.load("digits", split)
@@ -69,6 +72,19 @@ def test_digits_wrong_split(split):
 def test_transform_applies_to_each_image():
     digits = data.load("digits", "train[:9]", transform=lambda image: image[2:6, 1:7])
     assert digits.image_shape == digits[0]["image"].shape == (4, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("transform", "got"),
+    [
+        (lambda image: image / 255, r"float64 \(8, 8, 1\)"),
+        (lambda image: image[..., 0], r"uint8 \(8, 8\)"),
+        (lambda image: image[9:], r"uint8 \(0, 8, 1\)"),
+    ],
+)
+def test_a_transform_makes_pixels(transform, got):
+    with pytest.raises(ValueError, match=f"transform must return uint8 .*got {got} for an image"):
+        data.load("digits", "train[:3]", transform=transform)
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_the_same():

@@ -175,6 +175,7 @@ def test_arguments():
     assert parallel.peak_flops("TPU v5 lite") == 197e12
     assert parallel.peak_flops("TPU v5") == 459e12
     assert parallel.peak_flops("NVIDIA L40S") is None
+    assert parallel.peak_flops("NVIDIA H100 PCIe") == 756e12  # 1,513 with sparsity
 
 
 # Two processes of two devices each, on this machine.

@@ -134,7 +134,8 @@ def load(
         "train[1000:]". All 1,797 digits are "train"; they are ordered by writer, so unbiased
         halves are its even and odd indices rather than "train[:50%]" and "train[50%:]".
       data_dir: where TFDS data sets lie; default the variable DDIM_JAX_DATA, else TFDS's own.
-      transform: uint8 (H, W, C) -> uint8 (H', W', C'), applied to each image (`crop_resize`).
+      transform: uint8 (H, W, C) -> uint8 (H', W', C'), applied to each image (`crop_resize`), which
+        is decoded by `ddim_jax.pictures.images.decode`.
       on_corrupt: what a record that cannot be read or decoded does. "stop": a ValueError with its
         index. "skip": the next readable record, index + 1 mod N and so on, takes its place; a
         warning names it once, and `Dataset.skipped` lists it.
@@ -145,8 +146,8 @@ def load(
 
     Raises:
       ValueError: unknown name or split, wrong or empty directory, no images in the data set,
-        none that can be read; the message lists what there is and how to prepare what there is
-        not.
+        none that can be read, a transform that does not return uint8 (H, W, C); the message lists
+        what there is and how to prepare what there is not.
 
     Example:
       >>> len(load("digits", "train[:50%]"))
@@ -376,7 +377,7 @@ def _digits(split: str, transform: Transform | None) -> Dataset:
     provenance = {"name": "digits", "split": split, "source": "sklearn.datasets.load_digits"}
     images, labels = images[window], labels[window].astype(np.int32)
     if transform:
-        images = np.stack([transform(image) for image in images])
+        images = np.stack([_tfds.transformed(image, transform) for image in images])
         provenance["transform"] = _description(transform)
     return Dataset(
         name="digits",
@@ -398,7 +399,10 @@ def _window(split: str, size: int) -> slice:
     def bound(text: str | None) -> int | None:
         if text is None:
             return None
-        return round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
+        at = round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
+        if abs(at) > size:
+            raise ValueError(f"split {split!r} reaches beyond the {size} digits")
+        return at
 
     window = slice(bound(match[1]), bound(match[2]))
     if not range(size)[window]:

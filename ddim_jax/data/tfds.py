@@ -71,16 +71,16 @@ class Reader:
 
     def _checked(self, index: int) -> tuple[np.ndarray, int]:
         image, label = self._decode(int(index))
-        if image.shape != self.shape or image.dtype != np.uint8:
+        if image.shape != self.shape:
             raise ValueError(
-                f"{self.title}: image 0 is uint8 {self.shape} but image {index} is {image.dtype} "
-                f"{image.shape}; pass a `transform` that crops or resizes to one shape"
+                f"{self.title}: image 0 is {self.shape} but image {index} is {image.shape}; pass a "
+                "`transform` that crops or resizes to one shape"
             )
         return image, label
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
         image, label = self._readable(index)
-        return (self.transform(image) if self.transform else image), label
+        return transformed(image, self.transform), label
 
     def _readable(self, index: int) -> tuple[np.ndarray, int]:
         """Record `index` or, where records are skipped, the first after it that can be read."""
@@ -103,6 +103,21 @@ class Reader:
                 self.unreadable[other] = reason
         reason = self.unreadable[index]
         raise ValueError(f"{self.title}: none of its {size} images can be read ({reason})")
+
+
+def transformed(
+    image: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] | None
+) -> np.ndarray:
+    """The image, uint8 (H, W, C), made another by `transform`."""
+    if transform is None:
+        return image
+    made = np.asarray(transform(image))
+    if made.dtype != np.uint8 or made.ndim != 3 or not made.size:
+        raise ValueError(
+            f"transform must return uint8 (H, W, C), got {made.dtype} {made.shape} for an image of "
+            f"{image.shape}"
+        )
+    return made
 
 
 def records(name: str, split: str, data_dir: pathlib.Path) -> Records:

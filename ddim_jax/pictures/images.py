@@ -57,7 +57,7 @@ def to_uint8(x: jax.Array | np.ndarray) -> jax.Array:
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"to_uint8 wants floats in [-1, 1], got dtype {x.dtype}: are these pixels?")
-    if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x, np.float32)).all():
+    if not isinstance(x, jax.core.Tracer) and not jnp.isfinite(x).all():
         raise ValueError("to_uint8 wants finite values, got NaN or infinity: they are no pixels")
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
@@ -212,7 +212,8 @@ def grid(images: Any, columns: int | None = None, gap: int = 1, scale: int = 1) 
       uint8 (H', W', 3).
 
     Raises:
-      ValueError: the images are not (n, H, W, 1 or 3) with n ≥ 1.
+      ValueError: the images are not (n, H, W, 1 or 3) with n ≥ 1, or are not finite; or columns or
+        scale is below 1, or gap below 0.
 
     Example:
       >>> grid(np.zeros((6, 8, 8, 1)), columns=3).shape
@@ -222,7 +223,10 @@ def grid(images: Any, columns: int | None = None, gap: int = 1, scale: int = 1) 
     if pixels.ndim != 4 or pixels.shape[0] < 1 or pixels.shape[3] not in (1, 3):
         raise ValueError(f"images must be (n, H, W, 1 or 3) with n >= 1, got {pixels.shape}")
     n, h, w, _ = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
+    for name, number, least in (("columns", columns, 1), ("gap", gap, 0), ("scale", scale, 1)):
+        if number < least:
+            raise ValueError(f"{name} must be >= {least}, got {number}")
     rows = math.ceil(n / columns)
     pixels = np.broadcast_to(pixels, (n, h, w, 3)).repeat(scale, axis=1).repeat(scale, axis=2)
     h, w = h * scale, w * scale

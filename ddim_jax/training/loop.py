@@ -115,7 +115,7 @@ def fit(
       directory: the run folder, made if missing.
       facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
         "data" (the data set's provenance): what a reader needs to rebuild apply_fn. Of our U-Net
-        `ddim_jax.weights.pretrained.to_facts(schedule_config, unet_config)`, without which `load_model`
+        `ddim_jax.weights.to_facts(schedule_config, unet_config)`, without which `load_model`
         does not read the run; a warning says so at the start.
       num_classes: see `make_train_step`.
       resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
