@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# The tests compile much and compute little: without LLVM's passes a quarter of the time goes.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
@@ -16,13 +18,17 @@ jax.config.update("jax_num_cpu_devices", 8)  # pretended, so that sharding is te
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-settings.register_profile(
-    "ddim",
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    derandomize=bool(os.environ.get("CI")),  # new cases at every desk, the same ones in CI
-)
-settings.load_profile("ddim")
+# `make test` tries the same examples everywhere and keeps none; `make test-all` explores, from a
+# seed that it draws and prints: --hypothesis-profile=explore --hypothesis-seed=N.
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("same", derandomize=True, max_examples=50, **COMMON)
+settings.register_profile("explore", max_examples=500, **COMMON)
+settings.load_profile("same")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -269,20 +269,24 @@ def test_eta_zero_ignores_the_key():
     np.testing.assert_array_equal(*by_key)
 
 
-@given(st.sampled_from([1, 4, 12]), st.sampled_from([1, 3, 6]), st.data())
-@settings(max_examples=6)
+@jax.jit
+def stochastic(x_T, tau, key, indices):
+    return ddim.sample(exact, x_T, SCHEDULE, tau, 0.8, key, indices=indices)
+
+
+@given(st.sampled_from([1, 12]), st.sampled_from([1, 3]), st.data())
 def test_batch_split_invariance(steps, cut, data):
     """Image k does not depend on the batch it was drawn in, η > 0 included."""
     tau = sorted(data.draw(st.sets(st.integers(1, 1000), min_size=steps, max_size=steps)))
     key = jax.random.key(data.draw(st.integers(0, 99)))
     x_T = ddim.initial_noise(key, 7, (3, 2))
-    run = partial(ddim.sample, exact, schedule=SCHEDULE, tau=tau, eta=0.8, key=key)
-    whole = run(x_T=x_T)
-    parts = [
-        run(x_T=x_T[:cut], indices=np.arange(cut)),
-        run(x_T=x_T[cut:], indices=np.arange(cut, 7)),
-    ]
-    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
+    run = partial(stochastic, tau=np.array(tau), key=key)
+    parts = [run(x_T[k], indices=np.arange(7)[k]) for k in (slice(cut), slice(cut, None))]
+    # Another batch may round otherwise, by a few 6e-8 of x, which x̂_0 divides by √ᾱ.
+    atol = 1e-6 / np.sqrt(A[tau[-1]])
+    np.testing.assert_allclose(
+        run(x_T, indices=np.arange(7)), jnp.concatenate(parts), rtol=1e-5, atol=atol
+    )
 
 
 @pytest.mark.parametrize("indices", [[5], list(range(7)), list(range(64))])
