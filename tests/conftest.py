@@ -1,5 +1,6 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks."""
 
+import itertools
 import os
 
 # Before JAX is imported, and for the processes that tests start. What was compiled once, down to
@@ -44,8 +45,12 @@ def pytest_configure(config):
     )
 
 
+MODULES = itertools.count(1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Compiled programs live as long as their module's tests, or a worker grows to gigabytes."""
+    """Compiled programs are forgotten after every ten modules, or a worker grows to gigabytes."""
     yield
-    jax.clear_caches()
+    if next(MODULES) % 10 == 0:
+        jax.clear_caches()
