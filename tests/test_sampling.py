@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -276,20 +276,23 @@ def test_eta_zero_ignores_the_key():
     np.testing.assert_array_equal(*by_key)
 
 
-@given(st.sampled_from([1, 4, 12]), st.sampled_from([1, 3, 6]), st.data())
-@settings(max_examples=6)
+@jax.jit
+def stochastic(x_T, key, tau):
+    return ddim.sample(exact, x_T, SCHEDULE, tau, 0.8, key)
+
+
+@given(st.sampled_from([1, 12]), st.sampled_from([1, 3]), st.data())
 def test_batch_split_invariance(steps, cut, data):
     """Image k does not depend on the batch it was drawn in, η > 0 included."""
     tau = sorted(data.draw(st.sets(st.integers(1, 1000), min_size=steps, max_size=steps)))
     key = jax.random.key(data.draw(st.integers(0, 99)))
     x_T = ddim.initial_noise(key, 7, (3, 2))
-    run = partial(ddim.sample, exact, schedule=SCHEDULE, tau=tau, eta=0.8)
-    whole = run(x_T=x_T, key=key)
-    parts = [
-        run(x_T=x_T[:cut], key=ddim.image_keys(key, np.arange(cut))),
-        run(x_T=x_T[cut:], key=ddim.image_keys(key, np.arange(cut, 7))),
-    ]
-    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
+    run = partial(stochastic, tau=np.array(tau))
+    whole = run(x_T, ddim.image_keys(key, 7))
+    parts = [run(x_T[k], ddim.image_keys(key, np.arange(7)[k])) for k in (slice(cut), slice(cut, 7))]
+    # Another batch may round otherwise, by a few 6e-8 of x, which x̂_0 divides by √ᾱ.
+    atol = 1e-6 / np.sqrt(A[tau[-1]])
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("indices", [[5], list(range(7)), list(range(64))])
