@@ -1,5 +1,6 @@
 # make demo   train on the bundled digits and draw: demo/index.html
-# make test   every test that takes seconds, and the linters
+# make test   every test that takes seconds, and the linters; the same examples everywhere
+# make test-all   the long tests too, and fresh examples from a SEED that it draws and prints
 # make paper  every table and figure of the paper, small: results/report.html (15 to 20 minutes)
 # Each sets up what it needs in .venv, from PyPI.
 PYTHON ?= python3
@@ -8,6 +9,7 @@ BIN    := $(VENV)/bin
 DEMO   ?= demo
 RESULTS ?= results
 MODEL  ?= digits
+SEED   := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 PAPER  := table1 table2 fig3 fig4 fig5 fig6 solvers
 
 .PHONY: demo paper test test-all lint format constraints clean
@@ -28,7 +30,9 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+	@echo "examples of seed $(SEED); again: make test-all SEED=$(SEED)"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" \
+	  --hypothesis-profile=explore --hypothesis-seed=$(SEED)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,51 +1,70 @@
 """ddim_jax: Denoising Diffusion Implicit Models (Song, Meng & Ermon, ICLR 2021) in JAX."""
 
-from ddim_jax import categorical, oracle
-from ddim_jax._types import Denoiser
-from ddim_jax.clipping import clip_x0, dynamic_threshold
-from ddim_jax.guidance import (
-    classifier,
-    classifier_free,
-    classifier_free_labels,
-    inpaint,
-    start_from,
-)
-from ddim_jax.inversion import Inversion, encode, invert, reconstruct, reconstruction_error
-from ddim_jax.latents import SameLatent, same_latent, slerp, spherical_grid
-from ddim_jax.multistep import multistep_sample, pf_euler_sample
-from ddim_jax.objective import loss
-from ddim_jax.pretrained import Model, load_model, save_diffusers, save_model
+from ddim_jax import categorical
+from ddim_jax.arrays import Denoiser, image_keys
 from ddim_jax.process import (
     Coefficients,
+    Prediction,
+    Schedule,
+    ScheduleConfig,
+    as_timesteps,
     coefficients,
+    cosine_schedule,
     ddim_sigma,
     ddim_step,
     forward_marginal,
     from_x0_eps,
-    posterior,
-    sigma_hat,
-    step,
-    to_x0_eps,
-)
-from ddim_jax.sampling import (
-    Trajectory,
-    initial_noise,
-    make_sampler,
-    sample,
-    trajectory,
-)
-from ddim_jax.schedule import (
-    Schedule,
-    ScheduleConfig,
-    cosine_schedule,
     linear_schedule,
+    loss,
+    oracle,
+    posterior,
+    predicts,
     rescale_zero_terminal_snr,
     scaled_linear_schedule,
     schedule_from_alpha_bar,
     schedule_from_betas,
+    sigma_hat,
+    step,
+    timesteps,
+    to_x0_eps,
 )
-from ddim_jax.tau_search import StepErrors, optimise_timesteps, refine_timesteps, step_errors
-from ddim_jax.timesteps import as_timesteps, timesteps
-from ddim_jax.torch_files import load_torch
-
-__version__ = "0.1.0"
+from ddim_jax.sampling import (
+    METHODS,
+    Inversion,
+    Method,
+    Plan,
+    SameLatent,
+    StepErrors,
+    Trajectory,
+    adams_bashforth,
+    classifier,
+    classifier_free,
+    classifier_free_labels,
+    clip_x0,
+    ddim,
+    ddpm,
+    dynamic_threshold,
+    encode,
+    encoder,
+    initial_noise,
+    inpaint,
+    invert,
+    make_sampler,
+    multistep_sample,
+    optimise_timesteps,
+    pf_euler,
+    pf_euler_sample,
+    reconstruct,
+    reconstruction_error,
+    refine_timesteps,
+    same_latent,
+    sample,
+    slerp,
+    spherical_grid,
+    start_from,
+    step_errors,
+    trajectory,
+    watch,
+)
+from ddim_jax.version import __version__
+from ddim_jax.weights import Model, load_model, load_torch, save_diffusers, save_model

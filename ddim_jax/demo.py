@@ -11,18 +11,19 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from ddim_jax import plots
-from ddim_jax._files import write_whole
+from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import Moments, frechet_distance, moments
-from ddim_jax.images import to_model
-from ddim_jax.loop import fit
-from ddim_jax.presets import digits
-from ddim_jax.pretrained import Model, load_model, to_facts
-from ddim_jax.run_folder import read_metrics
+from ddim_jax.networks.unet import build, count_params
+from ddim_jax.pictures import plots
+from ddim_jax.pictures.images import to_model
+from ddim_jax.process.spacing import timesteps
 from ddim_jax.sampling import initial_noise, make_sampler, trajectory
-from ddim_jax.timesteps import timesteps
-from ddim_jax.unet import build, count_params
+from ddim_jax.storage.files import write_whole
+from ddim_jax.training.loop import fit
+from ddim_jax.training.presets import digits
+from ddim_jax.training.run_folder import read_metrics
+from ddim_jax.weights.pretrained import Model, load_model, to_facts
 
 STEPS = (10, 20, 50, 100)
 ETAS = (0.0, 0.5, 1.0)
@@ -146,14 +147,14 @@ def draw_cells(
     cells, scores = {}, {}
     for count in STEPS if steps is None else steps:
         tau = timesteps(model.schedule.num_steps, count)
-        sampler = make_sampler(model.apply_fn, model.schedule, tau, prediction=model.prediction)
+        sampler = make_sampler(model, tau)
         for eta in etas:
             parts = []
             for start in range(0, num_samples, CHUNK):
                 indices = np.arange(start, min(start + CHUNK, num_samples))
                 x_T = initial_noise(key, indices, model.image_shape)
                 parts.append(
-                    np.asarray(sampler(model.params, x_T, noise_key, eta=eta, indices=indices))
+                    np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta))
                 )
             cells[eta, count] = np.concatenate(parts)
             scores[eta, count] = frechet_distance(moments(cells[eta, count]), reference)
@@ -178,9 +179,7 @@ def _trajectory(model: Model) -> bytes:
     tau = timesteps(model.schedule.num_steps, 50)
     x_T = initial_noise(jax.random.key(0), 4, model.image_shape)
     at = tau[np.linspace(0, 49, 12).round().astype(int)]
-    path = trajectory(
-        model.denoise, x_T, model.schedule, tau, at=at.tolist(), prediction=model.prediction
-    )
+    path = trajectory(model.denoise, x_T, model.schedule, tau, at=at.tolist())
     return plots.png_bytes(
         plots.trajectory_strip(path.t, np.asarray(path.x_t), np.asarray(path.x_0))
     )

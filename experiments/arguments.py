@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from ddim_jax._files import portable
 from ddim_jax.process import PREDICTIONS
+from ddim_jax.storage.files import portable
 
 SIGMA_HAT = "hat"
 HELP = {

@@ -23,8 +23,6 @@ import jax
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax import plots
-from ddim_jax._files import portable
 from ddim_jax.data import Dataset
 from ddim_jax.evaluation import (
     Extractor,
@@ -35,10 +33,12 @@ from ddim_jax.evaluation import (
     moments,
     reference_statistics,
 )
-from ddim_jax.generate import generate, iter_shards
-from ddim_jax.presets import DataConfig
-from ddim_jax.schedule import ScheduleConfig
-from ddim_jax.unet import make_apply
+from ddim_jax.generation.shards import generate, iter_shards
+from ddim_jax.networks.unet import make_apply
+from ddim_jax.pictures import plots
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.storage.files import portable
+from ddim_jax.training.presets import DataConfig
 from experiments.arguments import noise, num_samples
 from experiments.provenance import (
     data_config,

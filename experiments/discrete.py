@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax import categorical, data, unet
-from ddim_jax.presets import PRESETS
-from ddim_jax.training import TrainState, ema_rate, init_state, make_optimizer
-from ddim_jax.weights import load_weights, save_weights
+from ddim_jax import categorical, data
+from ddim_jax.networks import unet
+from ddim_jax.storage.weights_file import load_weights, save_weights
+from ddim_jax.training.presets import PRESETS
+from ddim_jax.training.step import TrainState, ema_rate, init_state, make_optimizer
 from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment

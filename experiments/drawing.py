@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddim_jax.images import grid
-from ddim_jax.plots import GREY, plt
+from ddim_jax.pictures.images import grid
+from ddim_jax.pictures.plots import GREY, plt
 
 COLOURS = ("#1f4e9c", "#2a9d8f", "#e9a03b", "#c8553d", "#6a4c93", "#7f7f7f", "#111111", "#b56576")
 Series = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax.images import to_model, to_uint8
+from ddim_jax.pictures.images import to_model, to_uint8
 from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment

@@ -19,8 +19,8 @@ import jaxlib
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax._files import write_whole as write
-from ddim_jax.presets import PRESETS, DataConfig
+from ddim_jax.storage.files import write_whole as write
+from ddim_jax.training.presets import PRESETS, DataConfig
 
 
 def digest(model: ddim.Model) -> dict[str, Any]:

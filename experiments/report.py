@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ddim_jax import plots
+from ddim_jax.pictures import plots
 from experiments import paper_numbers as paper
 from experiments.arguments import row_label, run
 from experiments.claims import CLAIMS, NOT_RUN, Claim

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ddim_jax.generate import iter_shards
+from ddim_jax.generation.shards import iter_shards
 from experiments import drawing
 from experiments.arguments import parse, row_label, run
 from experiments.common import Cell, Experiment, jackknife_blocks, sizes

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax.images import to_model
+from ddim_jax.pictures.images import to_model
 from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment, sizes

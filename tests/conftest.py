@@ -1,5 +1,6 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks."""
 
+import itertools
 import os
 
 # Before JAX is imported, and for the processes that tests start. What was compiled once, down to
@@ -7,6 +8,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# The tests compile much and compute little: without LLVM's passes a quarter of the time goes.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
@@ -16,13 +19,17 @@ jax.config.update("jax_num_cpu_devices", 8)  # pretended, so that sharding is te
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-settings.register_profile(
-    "ddim",
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    derandomize=bool(os.environ.get("CI")),  # new cases at every desk, the same ones in CI
-)
-settings.load_profile("ddim")
+# `make test` tries the same examples everywhere and keeps none; `make test-all` explores, from a
+# seed that it draws and prints: --hypothesis-profile=explore --hypothesis-seed=N.
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("same", derandomize=True, max_examples=50, **COMMON)
+settings.register_profile("explore", max_examples=500, **COMMON)
+settings.load_profile("same")
 
 
 @pytest.fixture
@@ -38,8 +45,12 @@ def pytest_configure(config):
     )
 
 
+MODULES = itertools.count(1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Compiled programs live as long as their module's tests, or a worker grows to gigabytes."""
+    """Compiled programs are forgotten after every ten modules, or a worker grows to gigabytes."""
     yield
-    jax.clear_caches()
+    if next(MODULES) % 10 == 0:
+        jax.clear_caches()

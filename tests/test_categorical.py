@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 import ddim_jax as ddim
 from ddim_jax import categorical
@@ -76,7 +76,6 @@ def test_posterior_of_every_pair_is_eq_19_and_bayes(schedule, eta, K):
         np.testing.assert_allclose(np.exp(log_q), want, atol=1e-6)
 
 
-@settings(max_examples=50)
 @given(cases(), st.sampled_from(ETAS))
 def test_every_sigma_and_eta_keeps_the_marginals(case, eta):
     """Σ_{x_t} q(x_s|x_t,x_0) q(x_t|x_0) = q(x_s|x_0); rows are distributions."""
@@ -87,12 +86,12 @@ def test_every_sigma_and_eta_keeps_the_marginals(case, eta):
     x_0 = categorical.log_one_hot(x_0, K)
     q = np.exp(categorical.posterior(schedule, x_t, x_0, t, s, eta, sigma=sigma), dtype=np.float64)
     assert (q >= 0).all()
-    np.testing.assert_allclose(q.sum(-1), 1, atol=1e-6)
+    atol = 8 * K * np.finfo(np.float32).eps  # K probabilities of a few roundings in float32
+    np.testing.assert_allclose(q.sum(-1), 1, atol=atol)
     got = np.einsum("tok,ot->ok", q, transition(schedule.alpha_bar, t, 0, K))
-    np.testing.assert_allclose(got, transition(schedule.alpha_bar, s, 0, K), atol=1e-6)
+    np.testing.assert_allclose(got, transition(schedule.alpha_bar, s, 0, K), atol=atol)
 
 
-@settings(max_examples=500)
 @given(cases())
 def test_the_weights_of_eq_19_in_float64(case):
     """The host coefficients: the paper's, to float64, a mixture exactly on 0 ≤ σ ≤ σ_max."""

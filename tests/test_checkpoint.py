@@ -15,9 +15,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ddim_jax import checkpoint
-from ddim_jax._digest import digests
-from ddim_jax.checkpoint import (
+from ddim_jax.storage import checkpoint
+from ddim_jax.storage.checkpoint import (
     CheckpointError,
     Checkpoints,
     restore,
@@ -25,6 +24,7 @@ from ddim_jax.checkpoint import (
     restore_part,
     saved_steps,
 )
+from ddim_jax.storage.digest import digests
 from tests.tiny import assert_same
 
 CONFIG = {"model": {"channels": 32, "multipliers": [1, 2]}, "train": {"learning_rate": 2e-4}}
@@ -279,7 +279,7 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import jax, jax.numpy as jnp
-from ddim_jax.checkpoint import Checkpoints, CheckpointError
+from ddim_jax.storage.checkpoint import Checkpoints, CheckpointError
 state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, state, {}, {})
@@ -332,3 +332,12 @@ def test_damaged_steps_are_set_aside_and_kept(tmp_path):
     assert checkpoint.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5-1"
     assert saved_steps(folder) == [4]
     assert_same(restore(tmp_path / "run" / "damaged", make_state(), 5).state, make_state(5))
+
+
+def test_a_wait_for_the_save_before_is_not_written_across_the_progress_bar(
+    tmp_path, monkeypatch, caplog
+):
+    manager = "orbax.checkpoint.checkpoint_manager._WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS"
+    monkeypatch.setattr(manager, -1.0)  # as if every save had to wait
+    write(tmp_path, (1, 2))
+    assert not caplog.records

@@ -14,15 +14,16 @@ import pytest
 from PIL import Image
 
 import ddim_jax as ddim
-from ddim_jax import cli, unet
+from ddim_jax import cli
 from ddim_jax.cli.options import Spacing
-from ddim_jax.generate import iter_shards
-from ddim_jax.images import grid, to_uint8
-from ddim_jax.presets import PRESETS
-from ddim_jax.pretrained import to_facts
-from ddim_jax.state_dict import to_state_dict
-from ddim_jax.unet import abstract_params, count_params
-from ddim_jax.weights import write_safetensors
+from ddim_jax.generation.shards import iter_shards
+from ddim_jax.networks import unet
+from ddim_jax.networks.unet import abstract_params, count_params
+from ddim_jax.pictures.images import grid, to_uint8
+from ddim_jax.storage.weights_file import write_safetensors
+from ddim_jax.training.presets import PRESETS
+from ddim_jax.weights.pretrained import to_facts
+from ddim_jax.weights.state_dict import to_state_dict
 from tests import torch_writer
 
 
@@ -240,7 +241,7 @@ def test_foreign_weights_are_refused(command, tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     model = ddim.load_model("digits")
-    from ddim_jax.weights import save_weights
+    from ddim_jax.storage.weights_file import save_weights
 
     facts = {**model.facts, "model": {**model.facts["model"], "channels": 32}}
     save_weights(tmp_path / "odd.safetensors", model.params, facts)
@@ -252,7 +253,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 def test_a_signal_ends_the_command_with_its_own_code(command, tmp_path, monkeypatch, capsys):
-    from ddim_jax.run_folder import StopSignals
+    from ddim_jax.training.run_folder import StopSignals
 
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
     with pytest.raises(SystemExit) as stop:

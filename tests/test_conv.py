@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ddim_jax._conv import PIXELS, conv
+from ddim_jax.networks.conv import PIXELS, conv
 
 SAME, DOWN = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 NHWC = ("NHWC", "HWIO", "NHWC")

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -59,7 +60,10 @@ def test_digits_slices(split, window):
     np.testing.assert_array_equal(labels, load_digits().target[window])
 
 
-@pytest.mark.parametrize("split", ["test", "train[", "train[1:2:3]", "train[5:5]", "train[2000:]"])
+WRONG = ["test", "train[", "train[1:2:3]", "train[5:5]", "train[2000:]", "train[:1798]"]
+
+
+@pytest.mark.parametrize("split", [*WRONG, "train[-1798:]", "train[:101%]"])
 def test_digits_wrong_split(split):
     with pytest.raises(ValueError, match="digits"):
         data.load("digits", split)
@@ -68,6 +72,19 @@ def test_digits_wrong_split(split):
 def test_transform_applies_to_each_image():
     digits = data.load("digits", "train[:9]", transform=lambda image: image[2:6, 1:7])
     assert digits.image_shape == digits[0]["image"].shape == (4, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("transform", "got"),
+    [
+        (lambda image: image / 255, r"float64 \(8, 8, 1\)"),
+        (lambda image: image[..., 0], r"uint8 \(8, 8\)"),
+        (lambda image: image[9:], r"uint8 \(0, 8, 1\)"),
+    ],
+)
+def test_a_transform_makes_pixels(transform, got):
+    with pytest.raises(ValueError, match=f"transform must return uint8 .*got {got} for an image"):
+        data.load("digits", "train[:3]", transform=transform)
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_the_same():
@@ -251,6 +268,63 @@ def test_workers_leave_signals_to_the_run_and_do_not_survive_it(tmp_path):
         finally:
             run.kill()
     assert_soon(lambda: not alive(workers))
+
+
+FORMS = {  # of a main script: source, whether worker processes may be started in it
+    "plain": ("start()", False),
+    "in a function": ("def work():\n    start()\n\nwork()", False),
+    "in a loop": ("for _ in range(1):\n    start()", False),
+    "guarded": ('if __name__ == "__main__":\n    start()', True),
+    "guarded function": (
+        'def work():\n    start()\n\nif "__main__" == __name__ and True:\n    work()',
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "fine"), FORMS.values(), ids=FORMS)
+def test_worker_processes_want_a_main_guard(tmp_path, source, fine):
+    path = tmp_path / "script.py"
+    path.write_text(source)
+    dataset = indexed(5)
+    scope = {"start": lambda: data.batches(dataset, 4, 0, num_workers=1)}
+    if fine:
+        runpy.run_path(str(path), scope, "__main__")
+    else:
+        with pytest.raises(
+            RuntimeError, match=r'script.py, line \d: .* `if __name__ == "__main__"'
+        ):
+            runpy.run_path(str(path), scope, "__main__")
+
+
+def test_a_plain_script_with_worker_processes_ends_at_once(tmp_path):
+    path = tmp_path / "plain.py"
+    call = "next(data.batches(data.load('digits'), 8, 0, num_workers=1))"
+    path.write_text(f"from ddim_jax import data\n{call}\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert run.returncode == 1
+    assert "plain.py, line 2: worker processes import the main script" in run.stderr
+    assert run.stderr.count("Traceback") == 1
+
+
+def test_a_worker_that_would_start_workers_says_so_and_ends(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit, match="a worker process ends: .*__main__"):
+        data.batches(indexed(5), 4, 0, num_workers=1)
+    next(data.batches(indexed(5), 4, 0))
+
+
+def test_a_killed_worker_is_an_error():
+    before = set(multiprocessing.active_children())
+    batches = data.batches(indexed(50), 4, 0, num_workers=1, prefetch=1)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises(RuntimeError, match="a worker process has ended: it was killed"):
+        draw(batches, 20)
 
 
 def test_an_index_outside_the_data_set_is_an_error():

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import ddim_jax as ddim
-from ddim_jax import unet
-from ddim_jax.diffusers_config import schedule_config, unet_config, unet_settings
-from ddim_jax.diffusers_format import diffusers_name
-from ddim_jax.pretrained import load_model, save_diffusers
-from ddim_jax.schedule import ScheduleConfig
-from ddim_jax.state_dict import to_state_dict
-from ddim_jax.weights import write_safetensors
+from ddim_jax.networks import unet
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.storage.weights_file import write_safetensors
+from ddim_jax.weights.diffusers_config import schedule_config, unet_config, unet_settings
+from ddim_jax.weights.diffusers_format import diffusers_name
+from ddim_jax.weights.pretrained import load_model, save_diffusers
+from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
 
@@ -182,7 +182,7 @@ def test_round_trip(tmp_path, config):
     )
     save_diffusers(tmp_path / "saved", model)
     again = load_model(tmp_path / "saved")
-    assert (again.config, again.prediction) == (config, "v")
+    assert (again.config, again.prediction.kind) == (config, "v")
     np.testing.assert_allclose(again.schedule.alpha_bar, model.schedule.alpha_bar, rtol=1e-12)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again.params))
     assert again.facts["score"] == 3
@@ -209,7 +209,7 @@ def test_a_folder_without_scheduler(tmp_path):
     with pytest.raises(ValueError, match="holds no noise schedule: pass schedule="):
         load_model(folder)
     model = load_model(folder, schedule=ScheduleConfig("cosine", 20), prediction="v")
-    assert (model.schedule.num_steps, model.prediction) == (20, "v")
+    assert (model.schedule.num_steps, model.prediction.kind) == (20, "v")
     assert model.facts["prediction"] == "v"
 
 
@@ -423,13 +423,13 @@ def test_samples_agree_with_the_pipeline(tmp_path, peers, prediction):
     scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type=name)
     scheduler.save_pretrained(tmp_path / "a")
     model = load_model(tmp_path / "a")
-    assert model.prediction == prediction
+    assert model.prediction.kind == prediction
     save_diffusers(tmp_path / "b", model)
 
     x_T = ddim.initial_noise(jax.random.key(0), 8, model.image_shape)
     tau = ddim.timesteps(1000, 10, "leading")
-    sampler = ddim.make_sampler(model.apply_fn, model.schedule, tau, prediction=model.prediction)
-    got = np.asarray(sampler(model.params, x_T))
+    sampler = ddim.make_sampler(model, tau)
+    got = np.asarray(sampler(x_T))
 
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "b")
     assert not pipeline.scheduler.config.clip_sample

@@ -22,7 +22,7 @@ from ddim_jax.evaluation import (
     save_moments,
 )
 from ddim_jax.evaluation import inception_weights as weights
-from ddim_jax.images import to_model, to_uint8
+from ddim_jax.pictures.images import to_model, to_uint8
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 4, 3, 1), dtype=np.uint8)

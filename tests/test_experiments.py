@@ -13,9 +13,9 @@ import scipy.linalg
 from PIL import Image
 
 import ddim_jax as ddim
-from ddim_jax.clipping import clip_x0
 from ddim_jax.data import load
-from ddim_jax.images import to_uint8
+from ddim_jax.pictures.images import to_uint8
+from ddim_jax.sampling.clipping import clip_x0
 from experiments import (
     arguments,
     claims,

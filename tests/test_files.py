@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from ddim_jax._files import differences, whole_file, write_whole
+from ddim_jax.storage.files import differences, whole_file, write_whole
 
 
 def contents(folder):

@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import ddim_jax as ddim
-from ddim_jax import generate as module
-from ddim_jax.generate import generate, iter_shards, make_draw
-from ddim_jax.unet import UNetConfig
+from ddim_jax.generation import shards as module
+from ddim_jax.generation.shards import generate, iter_shards, make_draw
+from ddim_jax.networks.unet import UNetConfig
 
 SHAPE = (4, 4, 1)
 CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -407,7 +407,7 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[3]))
 assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
-from ddim_jax.generate import generate
+from ddim_jax.generation.shards import generate
 from tests.test_generate import toy
 generate(toy(), sys.argv[1], 21, 5, 1.0, batch_size=2, shard_size=4, progress=False)
 """
@@ -430,7 +430,7 @@ def test_two_real_processes_of_two_devices_draw_the_same(draw, tmp_path):
 
 CHILD = """
 import os, signal, sys
-from ddim_jax.generate import generate
+from ddim_jax.generation.shards import generate
 from tests.test_generate import toy
 name, countdown = sys.argv[2], int(sys.argv[3])
 call = getattr(os, name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax.images import crop_resize, decode, grid, save_png, to_model, to_uint8
+from ddim_jax.pictures.images import crop_resize, decode, grid, save_png, to_model, to_uint8
 
 
 def test_every_pixel_value_survives_the_round_trip():
@@ -259,6 +259,11 @@ def test_bad_input():
     for pixels in (np.zeros((2, 2), np.int32), np.zeros((2, 2, 1), np.uint8)):
         with pytest.raises(ValueError, match=r"wants uint8 \(H, W, 3\), got"):
             save_png("no.png", pixels)
+    for name in ("columns", "scale"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+            grid(np.zeros((1, 2, 2, 3), np.uint8), **{name: 0})
+    with pytest.raises(ValueError, match="gap must be >= 0, got -1"):
+        grid(np.zeros((1, 2, 2, 3), np.uint8), gap=-1)
     with pytest.raises(ValueError, match="1 or 3"):
         grid(np.zeros((1, 2, 2, 4)))
     with pytest.raises(ValueError, match="does not fit"):

@@ -11,18 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax import loop, training
-from ddim_jax.checkpoint import (
+from ddim_jax.data import Dataset
+from ddim_jax.networks.unet import UNetConfig, build
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.storage.checkpoint import (
     CheckpointError,
     DamagedError,
     restore_config,
     restore_part,
     saved_steps,
 )
-from ddim_jax.loop import fit, flops_per_image
-from ddim_jax.run_folder import Preempted, locked, writer
-from ddim_jax.summary import summarise
-from ddim_jax.training import TrainConfig
+from ddim_jax.training import loop
+from ddim_jax.training import step as training
+from ddim_jax.training.loop import fit
+from ddim_jax.training.run_folder import Preempted, locked, writer
+from ddim_jax.training.step import TrainConfig
+from ddim_jax.training.summary import summarise
+from ddim_jax.weights.pretrained import load_model, to_facts
 from tests.tiny import (
     SCHEDULE,
     affine,
@@ -36,8 +41,9 @@ from tests.tiny import (
 def train(directory, config=None, **options):
     options = {"progress": False, "facts": {"model": {"kind": "affine"}}, **options}
     dataset = options.pop("dataset", make_dataset())
+    apply_fn = options.pop("apply_fn", affine)
     return fit(
-        affine, affine_params(), SCHEDULE, dataset, config or make_config(), directory, **options
+        apply_fn, affine_params(), SCHEDULE, dataset, config or make_config(), directory, **options
     )
 
 
@@ -161,6 +167,80 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
     other = dataclasses.replace(make_dataset(), provenance={"name": "other"})
     with pytest.raises(ValueError, match="data.name: saved 'noise', now 'other'"):
         train(tmp_path, dataset=other, resume="must")
+
+
+def test_what_changes_rounding_alone_may_change_on_resuming_and_is_said(tmp_path):
+    def train_model(name, model, config, **options):
+        facts = {"model": {"kind": "affine", **model}}
+        return train(tmp_path / name, config, facts=facts, apply_fn=undropped, **options)
+
+    def undropped(params, x, t, dropout_key=None):
+        return affine(params, x, t)
+
+    short, long = (make_config(batch_size=16, num_steps=n) for n in (4, 8))
+    unbroken = train_model("whole", {"remat": False}, long)
+    train_model("cut", {"remat": False}, short)
+    said = []
+    changed = dataclasses.replace(long, accumulate=2, fsdp=2)
+    resumed = train_model("cut", {"remat": True}, changed, resume="must", say=said.append)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), resumed, unbroken)
+    assert "up to rounding" in said[-1]
+    assert said[-1].splitlines()[1:] == [
+        "  model.remat: saved False, now True",
+        "  train.accumulate: saved 1, now 2",
+        "  train.fsdp: saved 1, now 2",
+    ]
+    with pytest.raises(ValueError, match="model.dtype: saved nothing, now 'bfloat16'"):
+        train_model("cut", {"remat": True, "dtype": "bfloat16"}, changed, resume="must")
+
+
+OBLONG = UNetConfig((4, 8), 1, 32, (1,), num_blocks=1, attention_resolutions=())
+TEN = ScheduleConfig("linear", 10)
+
+
+def oblong(directory, config=OBLONG, facts=None, shape=(4, 8, 1), schedule=TEN, **options):
+    images = np.zeros((8, *shape), np.uint8)
+    labels = np.zeros(8, np.int32)
+    dataset = Dataset(
+        "bars", "train", 8, shape, None, {"name": "bars"}, lambda i: (images[i], labels[i])
+    )
+    return fit(
+        *build(config, jax.random.key(0)),
+        schedule.build(),
+        dataset,
+        make_config(num_steps=1),
+        directory,
+        facts=facts,
+        progress=False,
+        **options,
+    )
+
+
+def test_a_run_on_oblong_images_is_read_as_such(tmp_path):
+    said = []
+    state = oblong(tmp_path, facts=to_facts(TEN, OBLONG), say=said.append)
+    model = load_model(tmp_path)
+    assert model.image_shape == (4, 8, 1)
+    assert model.config == OBLONG
+    assert_same(model.params, state.ema)
+    assert said == []
+
+
+def test_what_load_model_would_miss_is_said_at_the_start(tmp_path):
+    said = []
+    state = train(tmp_path / "own", make_config(num_steps=1), facts=None, say=said.append)
+    assert "will not read this run" in said[0]
+    assert "facts=to_facts(schedule_config, unet_config)" in said[0]
+    where = said[0].split("restore_part(")[1].rstrip(")").strip("'")
+    assert_same(restore_part(where), state.ema)
+    with pytest.raises(ValueError, match=r"images \(4, 4, 1\), bars has \(4, 8, 1\): set image_"):
+        oblong(tmp_path / "a", facts=to_facts(TEN, dataclasses.replace(OBLONG, image_size=4)))
+    with pytest.raises(ValueError, match="conv_in.*got"):
+        oblong(tmp_path / "a", facts=to_facts(TEN, dataclasses.replace(OBLONG, channels=64)))
+    other = dataclasses.replace(TEN, num_steps=20)
+    with pytest.raises(ValueError, match="schedule of facts, .*num_steps=20.*is not the one"):
+        oblong(tmp_path / "a", facts=to_facts(other, OBLONG))
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -409,13 +489,28 @@ def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
     assert b"param_norm" in board
 
 
-def test_arithmetic_is_counted(tmp_path):
+def test_arithmetic_is_counted(tmp_path, monkeypatch):
+    def products(params, x, t, dropout_key=None):
+        return (params["w"] @ x[..., 0] @ params["w"])[..., None]
+
+    monkeypatch.setattr(loop.parallel, "peak_flops", lambda kind: 1e9)
     seen = []
-    train(tmp_path, make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
-    each = flops_per_image(affine, affine_params(), (8, 4, 4, 1))
-    assert each == 32  # a multiplication and an addition a pixel
-    np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * seen[0]["images_per_second"])
-    assert "mfu" not in seen[0]  # nobody knows the peak of this CPU
+    fit(
+        products,
+        {"w": jnp.eye(4)},
+        SCHEDULE,
+        make_dataset(),
+        make_config(num_steps=2),
+        tmp_path,
+        progress=False,
+        on_log=lambda state, line: seen.append(line),
+    )
+    speed, each = seen[0]["images_per_second"], 2 * 2 * 4**3  # two products of 4 × 4
+    np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * speed)
+    np.testing.assert_allclose(seen[0]["mfu"], 3 * each * speed / (8 * 1e9))
+    seen.clear()
+    train(tmp_path / "affine", make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
+    assert not {"mfu", "flops_per_second"} & seen[0].keys()  # it has no product of matrices
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):

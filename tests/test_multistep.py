@@ -10,8 +10,8 @@ import pytest
 from scipy.integrate import quad
 
 import ddim_jax as ddim
-from ddim_jax import oracle
-from ddim_jax.multistep import adams_bashforth_weights
+from ddim_jax.process import oracle
+from ddim_jax.sampling.adams_bashforth import adams_bashforth_weights
 from tests import reference
 
 SCHEDULE = ddim.linear_schedule(1000)
@@ -121,14 +121,15 @@ def test_order_1_is_sample(prediction):
     def network(x, t):
         return jnp.sin(x) * (t[:, None, None, None] / 1000)
 
-    got = ddim.multistep_sample(network, x_T, SCHEDULE, tau, 1, prediction=prediction)
-    want = ddim.sample(network, x_T, SCHEDULE, tau, prediction=prediction)
+    network = ddim.predicts(network, prediction)
+    got = ddim.multistep_sample(network, x_T, SCHEDULE, tau, 1)
+    want = ddim.sample(network, x_T, SCHEDULE, tau)
     if prediction == "eps":
         assert (got == want).all()  # to the bit
     np.testing.assert_allclose(got, want, atol=1e-5)
-    clip = ddim.clip_x0(0.5)
-    got = ddim.multistep_sample(network, x_T, SCHEDULE, tau, 1, prediction=prediction, x0_fn=clip)
-    want = ddim.sample(network, x_T, SCHEDULE, tau, prediction=prediction, x0_fn=clip)
+    network = ddim.predicts(network, x0_fn=ddim.clip_x0(0.5))
+    got = ddim.multistep_sample(network, x_T, SCHEDULE, tau, 1)
+    want = ddim.sample(network, x_T, SCHEDULE, tau)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -277,13 +278,15 @@ def sample_with(order=2, x=X, schedule=SCHEDULE, tau=(10, 1000), network=lambda 
         (lambda: sample_with(order=5), ValueError, "order must be"),
         (lambda: sample_with(order=True), ValueError, "order must be"),
         (lambda: sample_with(variable="t"), ValueError, "variable must be"),
-        (lambda: sample_with(prediction="score"), ValueError, "prediction"),
         (lambda: sample_with(tau=[0, 10]), ValueError, "1..T"),
         (lambda: sample_with(tau=[10, 10]), ValueError, "strictly"),
         (lambda: sample_with(x=jnp.ones((2, 3), int)), TypeError, "floating"),
         (lambda: sample_with(network=lambda x, t: x[:, :1]), ValueError, "shape"),
         (
-            lambda: sample_with(schedule=ddim.rescale_zero_terminal_snr(SCHEDULE), prediction="v"),
+            lambda: sample_with(
+                schedule=ddim.rescale_zero_terminal_snr(SCHEDULE),
+                network=ddim.predicts(lambda x, t: x, "v"),
+            ),
             ValueError,
             "sigma is infinite",
         ),

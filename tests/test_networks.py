@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import ddim_jax as ddim
-from ddim_jax.inversion import encode, invert
+from ddim_jax.sampling import encode, invert
 
 SCHEDULE = ddim.linear_schedule(1000)
 TAU = ddim.timesteps(1000, 8)

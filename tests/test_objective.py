@@ -78,8 +78,9 @@ def test_the_target_is_what_is_predicted(prediction, key):
 
     schedule = ddim.linear_schedule(1000)
     args = (schedule, x_0, jax.random.key(1))
-    assert float(ddim.loss(knows_x0, *args, prediction=prediction)) < 1e-4
-    off = ddim.loss(lambda x, t: knows_x0(x, t, 1.0), *args, prediction=prediction)
+    assert float(ddim.loss(ddim.predicts(knows_x0, prediction), *args)) < 1e-4
+    wrong = ddim.predicts(lambda x, t: knows_x0(x, t, 1.0), prediction)
+    off = ddim.loss(wrong, *args)
     np.testing.assert_allclose(off, 1.0, rtol=1e-2)
 
 
@@ -92,4 +93,4 @@ def test_bad_input(key):
     with pytest.raises(ValueError, match="shape of its input"):
         ddim.loss(lambda x, t: x[:1], SCHEDULE, x, key)
     with pytest.raises(ValueError, match="'w'"):
-        ddim.loss(exact, SCHEDULE, x, key, prediction="w")
+        ddim.loss(ddim.predicts(exact, "w"), SCHEDULE, x, key)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ddim_jax as ddim
-from ddim_jax.inversion import encode
+from ddim_jax.sampling import encode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # other people's imports
@@ -122,13 +122,12 @@ def test_sampling_agrees_wherever_its_previous_step_is_the_next_of_tau(name, pre
         tau = ddim.timesteps(1000, steps, spacing)
         if steps == 10:  # one compiled function for both spacings and every eta
             if spacing == "leading":
-                sampler = ddim.make_sampler(
-                    lambda _, x, t: ours(x, t), schedule, tau, prediction=prediction, **options
-                )
+                apply_fn = ddim.predicts(lambda _, x, t: ours(x, t), prediction, **options)
+                sampler = ddim.make_sampler(ddim.Model(apply_fn, None, schedule), tau)
         elif (prediction, clipping) != ("eps", "none"):
             continue
         for eta in (0.0, 0.5, 1.0):
-            got = sampler(None, jnp.asarray(X), KEY, eta=eta, tau=tau)
+            got = sampler(jnp.asarray(X), KEY, eta=eta, tau=tau)
             scheduler = peer(name, spacing, prediction, **config)
             assert_close(got, run_peer(scheduler, steps, eta, **step_options))
 
@@ -143,7 +142,7 @@ def test_difference_previous_step_is_computed_not_walked(name, prediction):
         theirs = run_peer(peer(name, spacing, prediction, clip_sample=False), steps)
         pairs = [(t, max(t - 1000 // steps, 0)) for t in reversed(tau.tolist())]
         assert_close(walk(schedule, pairs, prediction=prediction), theirs)
-        right = ddim.sample(ours, jnp.asarray(X), schedule, tau, prediction=prediction)
+        right = ddim.sample(ddim.predicts(ours, prediction), jnp.asarray(X), schedule, tau)
         assert_differs(right, theirs)
 
 
@@ -179,7 +178,8 @@ def test_difference_set_alpha_to_one_false_stops_at_t_1():
 
 def test_difference_clipping_does_not_rederive_eps_by_default():
     schedule, tau = SCHEDULES["linear"][0], ddim.timesteps(1000, 10, "leading")
-    got = ddim.sample(ours, jnp.asarray(X), schedule, tau, x0_fn=ddim.clip_x0(1.0))
+    clipped = ddim.predicts(ours, x0_fn=ddim.clip_x0(1.0))
+    got = ddim.sample(clipped, jnp.asarray(X), schedule, tau)
     assert_differs(got, run_peer(peer(), 10))
 
 
@@ -201,7 +201,7 @@ def test_dynamic_thresholding():
     """Its default sample_max_value = 1 makes it a plain clip: a difference."""
     schedule, tau = SCHEDULES["linear"][0], ddim.timesteps(1000, 10, "leading")
     options = {"x0_fn": ddim.dynamic_threshold(0.9), "rederive_eps": False}
-    got = ddim.sample(ours, jnp.asarray(X), schedule, tau, **options)
+    got = ddim.sample(ddim.predicts(ours, **options), jnp.asarray(X), schedule, tau)
     config = {"thresholding": True, "dynamic_thresholding_ratio": 0.9}
     theirs = run_peer(peer(**config, sample_max_value=1e9), 10)
     assert_close(got, theirs)
@@ -217,7 +217,7 @@ def test_zero_terminal_snr_with_v_prediction():
     np.testing.assert_allclose(scheduler.alphas_cumprod, schedule.alpha_bar[1:], atol=1e-5)
     scheduler.alphas_cumprod = torch.tensor(np.asarray(schedule.alpha_bar)[1:])
     tau = ddim.timesteps(1000, 10, "trailing")
-    got = ddim.sample(ours, jnp.asarray(X), schedule, tau, prediction="v")
+    got = ddim.sample(ddim.predicts(ours, "v"), jnp.asarray(X), schedule, tau)
     assert_close(got, run_peer(scheduler, 10))
 
 
@@ -280,6 +280,6 @@ def test_difference_the_inverse_scheduler_converts_predictions_at_another_t_than
         eps = ours(x, t)
         return jnp.sqrt(a) * eps - jnp.sqrt(1 - a) * (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
 
-    assert_close(encode(ours_v, jnp.asarray(X), schedule, tau, prediction="v"), as_eps, 1e-3)
+    assert_close(encode(ddim.predicts(ours_v, "v"), jnp.asarray(X), schedule, tau), as_eps, 1e-3)
     assert not np.isfinite(run_peer(peer(prediction="x_0", **config), 10)).all()
-    assert np.isfinite(encode(ours, jnp.asarray(X), schedule, tau, prediction="x_0")).all()
+    assert np.isfinite(encode(ddim.predicts(ours, "x_0"), jnp.asarray(X), schedule, tau)).all()

@@ -16,12 +16,12 @@ import pytest
 import safetensors.numpy
 
 import ddim_jax as ddim
-from ddim_jax import unet
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.pretrained import PAPER, load_model, save_diffusers, save_model, to_facts
-from ddim_jax.schedule import ScheduleConfig
-from ddim_jax.state_dict import from_state_dict, infer_config, to_state_dict
-from ddim_jax.weights import HEADER_KEY, save_weights
+from ddim_jax.networks import unet
+from ddim_jax.process import ScheduleConfig, predicts
+from ddim_jax.storage.checkpoint import Checkpoints
+from ddim_jax.storage.weights_file import HEADER_KEY, save_weights
+from ddim_jax.weights.pretrained import PAPER, load_model, save_diffusers, save_model, to_facts
+from ddim_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
 from tests.tiny import assert_same
@@ -87,7 +87,7 @@ def test_state_dict_round_trip_and_linear_attention():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_networks_of_the_paper_are_inferred_from_shapes(name):
-    from ddim_jax.presets import PRESETS
+    from ddim_jax.training.presets import PRESETS
 
     config = PAPER[name]
     assert config == dataclasses.replace(PRESETS[name]().model, dropout=0.0)
@@ -116,7 +116,7 @@ def test_state_dict_file(tmp_path, in_zip, prefix):
     path = write(tmp_path / "m.ckpt", state, in_zip=in_zip)
     model = load_model(path, image_size=8, schedule=ScheduleConfig("cosine", 100))
     assert model.config == TINY
-    assert (model.schedule.num_steps, model.prediction) == (100, "eps")
+    assert (model.schedule.num_steps, model.prediction.kind) == (100, "eps")
     assert_same(model.params, from_state_dict(STATE, TINY))
     assert model.facts["weights"] == "as stored"
 
@@ -198,12 +198,12 @@ def test_save_model(tmp_path, prediction):
     params = unet.build(TINY, jax.random.key(0))[1]
     facts = {"score": 1.5, **FACTS}
     model = ddim.Model(
-        unet.make_apply(TINY), params, ddim.linear_schedule(), TINY, facts, prediction
+        predicts(unet.make_apply(TINY), prediction), params, ddim.linear_schedule(), TINY, facts
     )
     save_model(tmp_path / "m.safetensors", model)
     again = load_model(tmp_path / "m.safetensors")
     assert_same(again.params, params)
-    assert (again.config, again.prediction, again.facts["score"]) == (TINY, prediction, 1.5)
+    assert (again.config, again.prediction.kind, again.facts["score"]) == (TINY, prediction, 1.5)
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         save_model(tmp_path / "m.safetensors", model)
     save_model(tmp_path / "m.safetensors", model, overwrite=True, float16=True)
@@ -251,19 +251,19 @@ def test_a_run_that_does_not_say_its_network(tmp_path):
 def test_what_is_stored_can_be_replaced(tmp_path):
     params = unet.build(TINY, jax.random.key(0))[1]
     save_weights(tmp_path / "m", params, FACTS)  # as written before prediction was stored
-    assert load_model(tmp_path / "m").prediction == "eps"
+    assert load_model(tmp_path / "m").prediction.kind == "eps"
     half = dataclasses.replace(TINY, dtype="bfloat16")
     model = load_model(
         tmp_path / "m", config=half, schedule=ScheduleConfig("cosine", 10), prediction="v"
     )
     assert (model.config.dtype, model.schedule.num_steps) == ("bfloat16", 10)
     assert model.facts["schedule"]["kind"] == "cosine"
-    assert model.prediction == model.facts["prediction"] == "v"
+    assert model.prediction.kind == model.facts["prediction"] == "v"
 
 
 def test_the_shipped_model():
     model = load_model("digits")
-    assert (model.image_shape, model.prediction) == ((8, 8, 1), "eps")
+    assert (model.image_shape, model.prediction.kind) == ((8, 8, 1), "eps")
     with pytest.raises(ValueError, match="step=3 is for run folders"):
         load_model("digits", step=3)
     with pytest.raises(ValueError, match="one set of weights only"):

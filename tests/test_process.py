@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ddim_jax as ddim
@@ -33,7 +33,8 @@ def steps(draw):
     return schedule, t, draw(st.integers(0, t - 1))
 
 
-@settings(max_examples=2000)
+# In float64: κ, λ, σ and all their products lie in [0, 1] and are off by some 1e-15; only a κ or σ
+# near 0, the root of a difference that vanishes, is off by up to √1e-15 = 3e-8.
 @given(steps(), st.floats(0, 1))
 def test_every_sigma_keeps_the_marginals(case, fraction):
     """Lemma 1: pushing q(x_t|x_0) through q_σ(x_s|x_t,x_0) gives q(x_s|x_0), for any σ."""
@@ -46,7 +47,6 @@ def test_every_sigma_keeps_the_marginals(case, fraction):
     np.testing.assert_allclose(kappa**2 * (1 - a[t]) + sigma**2, 1 - a[s], atol=1e-12)
 
 
-@settings(max_examples=1000)
 @given(steps(), st.floats(0, 1))
 def test_every_eta_keeps_the_marginals(case, eta):
     schedule, t, s = case
@@ -57,7 +57,6 @@ def test_every_eta_keeps_the_marginals(case, eta):
     np.testing.assert_allclose(kappa**2 * (1 - a[t]) + sigma**2, 1 - a[s], atol=1e-12)
 
 
-@settings(max_examples=500)
 @given(schedules(), st.data(), st.floats(0, 1), st.floats(0, 1))
 def test_two_steps_compose(schedule, data, eta_1, eta_2):
     """t → s → r keeps the marginal at r, mean and variance, whatever the two η."""
@@ -152,7 +151,6 @@ def test_zero_terminal_snr_and_eta_one_has_no_nan():
 
 
 @given(steps(), st.integers(0, 2**31 - 1), st.sampled_from(ddim.process.PREDICTIONS))
-@settings(max_examples=200)
 def test_predictions_round_trip(case, seed, prediction):
     schedule, t, s = case
     rng = np.random.default_rng(seed)
@@ -162,6 +160,7 @@ def test_predictions_round_trip(case, seed, prediction):
     c = ddim.coefficients(schedule, t, s)
     output = ddim.from_x0_eps(c, jnp.asarray(x_0), jnp.asarray(eps), prediction)
     back_x_0, back_eps = ddim.to_x0_eps(c, x_t, output, prediction)
+    # |x| < 6 rounded some 8 times in float32 is off by 3e-6, and then divided.
     np.testing.assert_allclose(back_x_0, x_0, atol=2e-5 / np.sqrt(a))
     np.testing.assert_allclose(back_eps, eps, atol=2e-5 / np.sqrt(1 - a))
 
@@ -179,7 +178,6 @@ def test_v_at_zero_terminal_snr():
 
 
 @given(steps(), st.floats(0, 1), st.integers(0, 2**31 - 1))
-@settings(max_examples=200)
 def test_step_is_equation_12(case, eta, seed):
     schedule, t, s = case
     a = schedule.alpha_bar
@@ -189,6 +187,7 @@ def test_step_is_equation_12(case, eta, seed):
     sigma = reference.eta_sigma(a, t, s, eta)
     x_0 = (x - np.sqrt(1 - a[t]) * e) / np.sqrt(a[t])
     want = np.sqrt(a[s]) * x_0 + np.sqrt(max(1 - a[s] - sigma**2, 0)) * e + sigma * z
+    # x̂_0 is rounded at the size of x/√ᾱ_t, some 8 times 6e-8 of it, and multiplied by √ᾱ_s.
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.sqrt(a[s] / a[t]))
 
 
@@ -213,9 +212,9 @@ def test_forward_marginal_moments(key):
 def test_clipping_with_and_without_rederived_eps():
     """Trap 6: the two differ; re-derived is Eq. 7 with the clipped x̂_0 in place of x_0."""
     x_t, eps = jnp.array([[2.0, -0.1]]), jnp.array([[-1.0, 0.2]])
-    c = ddim.coefficients(SCHEDULE, 600, 400, eta=0.3)
-    kept, x_0 = ddim.step(c, x_t, eps, x0_fn=ddim.clip_x0(1.0), rederive_eps=False)
-    again, _ = ddim.step(c, x_t, eps, x0_fn=ddim.clip_x0(1.0))
+    c, clip = ddim.coefficients(SCHEDULE, 600, 400, eta=0.3), ddim.clip_x0(1.0)
+    kept, x_0 = ddim.step(c, x_t, eps, prediction=ddim.Prediction("eps", clip, rederive_eps=False))
+    again, _ = ddim.step(c, x_t, eps, prediction=ddim.Prediction("eps", clip))
     kappa, lam, _ = ddim.posterior(SCHEDULE, 600, 400, eta=0.3)
     assert float(jnp.abs(x_0).max()) <= 1
     np.testing.assert_allclose(again, kappa * x_t + lam * x_0, rtol=1e-5)

@@ -9,8 +9,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 import ddim_jax as ddim
-from ddim_jax import oracle
-from ddim_jax.tau_search import StepErrors
+from ddim_jax.process import oracle
+from ddim_jax.sampling.tau_search import StepErrors
 from tests import reference
 
 SCHEDULE = ddim.linear_schedule(40, 0.001, 0.3)
@@ -52,7 +52,7 @@ def test_step_errors_against_loops(prediction):
         return ddim.from_x0_eps(c, *ddim.to_x0_eps(c, x, DENOISE(x, t)), prediction)
 
     got = ddim.step_errors(
-        network, jnp.asarray(x_T, jnp.float32), SCHEDULE, candidates, prediction=prediction
+        ddim.predicts(network, prediction), jnp.asarray(x_T, jnp.float32), SCHEDULE, candidates
     )
     np.testing.assert_array_equal(got.t, candidates)
     np.testing.assert_allclose(got.error, expected, rtol=1e-3, atol=1e-5)

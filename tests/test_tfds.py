@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax import _tfds, data
-from ddim_jax.images import crop_resize
+from ddim_jax import data
+from ddim_jax.data import tfds as _tfds
+from ddim_jax.pictures.images import crop_resize
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def test_provenance_tells_transforms_apart(prepared):
     described = provenance(crop_resize((1, 1, 4, 4), 2))
     assert described == provenance(crop_resize([1, 1, 4, 4], 2))
     assert described == {
-        "name": "ddim_jax.images.CropResize",
+        "name": "ddim_jax.pictures.images.CropResize",
         "crop": [1, 1, 4, 4],
         "resize": 2,
     }

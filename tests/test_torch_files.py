@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ddim_jax.torch_files import is_torch_file, load_torch
+from ddim_jax.weights.torch_files import is_torch_file, load_torch
 from tests.torch_writer import FOUR, Call, Name, Storage, dumps, legacy, tensor, zipped
 
 # torch.save of OBJECT below, where "model" is the state_dict() of a Conv2d with values set to

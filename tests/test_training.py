@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddim_jax import training
-from ddim_jax.schedule import schedule_from_alpha_bar
-from ddim_jax.training import init_state, make_train_step
+from ddim_jax.process.schedule import schedule_from_alpha_bar
+from ddim_jax.training import step as training
+from ddim_jax.training.step import init_state, make_train_step
 from tests.tiny import SCHEDULE, affine, affine_params, make_batch, make_config
 
 # The step.

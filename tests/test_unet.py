@@ -7,8 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax.unet import GroupNorm, UNetConfig, abstract_params, build, count_params, upsample
-from ddim_jax.unet import timestep_embedding as embed
+from ddim_jax.networks.unet import (
+    GroupNorm,
+    UNetConfig,
+    abstract_params,
+    build,
+    count_params,
+    upsample,
+)
+from ddim_jax.networks.unet import timestep_embedding as embed
 from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)
@@ -401,6 +408,20 @@ def test_weights_are_arguments_not_constants(tiny):
     apply_fn, params = tiny
     text = apply_fn.lower(params, images(), jnp.array([1, 2])).as_text()
     assert len(text) < count_params(params)  # as constants they alone take 8 characters each
+
+
+def test_the_network_is_exported_for_any_number_of_images():
+    config = dataclasses.replace(UNET, in_channels=1)
+    apply_fn, params = build(config, jax.random.key(0))
+    params = perturbed(params)
+    shape = jax.export.symbolic_shape("b, 8, 8, 1")
+    x, t = jax.ShapeDtypeStruct(shape, "float32"), jax.ShapeDtypeStruct(shape[:1], "int32")
+    exported = jax.export.export(jax.jit(apply_fn))(params, x, t)
+    x, t = images(3, channels=1), jnp.array([1, 5, 9])
+    want = jax.jit(apply_fn)(params, x, t)
+    for count in (2, 3):
+        got = exported.call(params, x[:count], t[:count])
+        np.testing.assert_allclose(got, want[:count], atol=1e-5)
 
 
 # ---- bad input ----

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddim_jax.weights import HEADER_KEY, load_weights, save_weights
+from ddim_jax.storage.weights_file import HEADER_KEY, load_weights, save_weights
 
 METADATA = {"model": {"channels": 32, "multipliers": [1, 2]}, "note": "ᾱ", "score": 0.25}
 

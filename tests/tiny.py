@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.data import Dataset
-from ddim_jax.schedule import linear_schedule
-from ddim_jax.training import TrainConfig
-from ddim_jax.unet import UNetConfig
+from ddim_jax.networks.unet import UNetConfig
+from ddim_jax.process.schedule import linear_schedule
+from ddim_jax.training.step import TrainConfig
 
 SCHEDULE = linear_schedule(10, 0.01, 0.3)
 UNET = UNetConfig(

@@ -52,9 +52,9 @@ def network_params(width=64):
 def train(directory, config):
     """Trains on all devices of all processes, or goes on from the last checkpoint."""
     from ddim_jax.data import load
-    from ddim_jax.loop import fit
-    from ddim_jax.schedule import linear_schedule
-    from ddim_jax.training import TrainConfig
+    from ddim_jax.process.schedule import linear_schedule
+    from ddim_jax.training.loop import fit
+    from ddim_jax.training.step import TrainConfig
 
     schedule, config = linear_schedule(1000), TrainConfig(**config)
     fit(network, network_params(), schedule, load("digits"), config, directory,
@@ -63,7 +63,7 @@ def train(directory, config):
 
 def main(options):
     jax.config.update("jax_num_cpu_devices", options.get("devices", 1))
-    from ddim_jax import parallel
+    from ddim_jax.training import parallel
 
     parallel.initialize(*options.get("processes", ()))
     train(options["directory"], options["train"])

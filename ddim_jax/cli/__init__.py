@@ -110,9 +110,9 @@ def version() -> str:
     """Of this package and of JAX."""
     import jax
 
-    import ddim_jax
+    from ddim_jax.version import __version__
 
-    return f"ddim_jax {ddim_jax.__version__}, jax {jax.__version__}"
+    return f"ddim_jax {__version__}, jax {jax.__version__}"
 
 
 class Terminated(KeyboardInterrupt):
@@ -138,7 +138,7 @@ def _run(name: str, words: list[str]) -> None:
     import jax
     import tyro
 
-    from ddim_jax.run_folder import Preempted
+    from ddim_jax.training.run_folder import Preempted
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

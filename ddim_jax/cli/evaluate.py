@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ddim_jax.cli.options import check_writable
 from ddim_jax.evaluation import evaluate as measure
 from ddim_jax.evaluation import extractors, reference_statistics
-from ddim_jax.generate import iter_shards, read_settings
-from ddim_jax.presets import DataConfig
+from ddim_jax.generation.shards import iter_shards, read_settings
+from ddim_jax.training.presets import DataConfig
 
 EXTRACTORS = {
     "pixels": lambda _: extractors.pixels(),

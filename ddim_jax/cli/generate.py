@@ -6,8 +6,8 @@ import pathlib
 
 import tyro
 
-from ddim_jax import generate as module
 from ddim_jax.cli.options import ProcessOptions, SamplingOptions, SourceOptions, check_writable
+from ddim_jax.generation import shards as module
 
 
 def generate(
@@ -34,14 +34,14 @@ def generate(
     module.check_sizes(num_images, batch_size, shard_size)
     check_writable(out / "settings.json")
     processes.join()
+    loaded = source.load(model)
     module.generate(
-        source.load(model),
+        loaded,
         out,
         num_images,
-        sampling.steps,
+        sampling.timesteps(loaded.schedule),
         sampling.eta,
-        spacing=sampling.spacing,
-        use_sigma_hat=sampling.sigma_hat,
+        method=sampling.method,
         clip=sampling.clip,
         labels=sampling.labels,
         guidance=sampling.guidance,

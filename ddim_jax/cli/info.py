@@ -7,7 +7,7 @@ import pathlib
 import tyro
 
 from ddim_jax.cli.options import Source, SourceOptions, describe
-from ddim_jax.unet import count_params
+from ddim_jax.networks.unet import count_params
 
 
 def info(model: tyro.conf.Positional[str], source: SourceOptions, verify: bool = False) -> None:
@@ -22,7 +22,7 @@ def info(model: tyro.conf.Positional[str], source: SourceOptions, verify: bool =
         more = "".join(f" --{name} {value}" for name, value in source.given().items())
         raise ValueError(f"--verify is for all checkpoints of a run folder, got {model}{more}")
     if run:
-        from ddim_jax.summary import summarise
+        from ddim_jax.training.summary import summarise
 
         print(describe(summarise(model, verify)))
     else:

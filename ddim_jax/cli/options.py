@@ -8,12 +8,14 @@ import os
 import pathlib
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import tyro
 
-from ddim_jax import parallel
-from ddim_jax.generate import Labels
-from ddim_jax.pretrained import Model, load_model
-from ddim_jax.schedule import ScheduleConfig
+from ddim_jax.generation.shards import Labels
+from ddim_jax.process import Schedule, ScheduleConfig, as_timesteps, timesteps
+from ddim_jax.sampling import Method, find_method
+from ddim_jax.training import parallel
+from ddim_jax.weights.pretrained import Model, load_model
 
 Spacing = Literal[
     "linear", "quadratic", "uniform", "quad", "leading", "trailing", "linspace", "logsnr"
@@ -57,9 +59,10 @@ class Sampling:
 
     Attributes:
       steps: S, the number of network calls per image.
-      eta: 0 is DDIM, 1 is DDPM.
+      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), pf-euler, or module:function.
+      eta: of the method ddim: 0 is DDIM, 1 is DDPM.
       spacing: of τ.
-      sigma_hat: the larger noise of DDPM; takes eta = 1.
+      tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
       label: of a model with K classes, the class of all images, in 0..K; K means none.
       cycle_labels: of a model with K classes, image k gets class k mod K.
@@ -68,9 +71,10 @@ class Sampling:
     """
 
     steps: int = 50
+    method: str = "ddim"
     eta: float = 0.0
     spacing: Spacing = "linear"
-    sigma_hat: bool = False
+    tau: str | None = None
     clip: bool = False
     label: int | None = None
     cycle_labels: bool = False
@@ -78,27 +82,45 @@ class Sampling:
     seed: int = 0
 
     def __str__(self) -> str:
-        return f"S = {self.steps}, eta = {self.eta:g}, seed {self.seed}"
+        how = f"eta = {self.eta:g}" if self.method == "ddim" else self.method
+        return f"{f'tau {self.tau}' if self.tau else f'S = {self.steps}'}, {how}, seed {self.seed}"
 
     @property
     def labels(self) -> Labels:
         """As `generate` takes them."""
         return "cycle" if self.cycle_labels else self.label
 
-    def check(self) -> None:
-        """What can be checked without the model."""
+    @property
+    def stem(self) -> str:
+        """The part of a file name that says how it was drawn."""
+        label = "" if self.label is None else f"-label{self.label}"
+        steps = len(_numbers(self.tau)) if self.tau else self.steps
+        how = f"eta{self.eta:g}" if self.method == "ddim" else self.method.replace(":", ".")
+        return f"{label}-S{steps}-{how}-seed{self.seed}"
+
+    def timesteps(self, schedule: Schedule) -> np.ndarray:
+        """τ, as asked for."""
+        if self.tau:
+            return as_timesteps(_numbers(self.tau), schedule.num_steps)
+        return timesteps(schedule.num_steps, self.steps, self.spacing, schedule=schedule)
+
+    def check(self) -> Method:
+        """What can be checked without the model; the method."""
         if self.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
         if not 0 <= self.eta < math.inf:
             raise ValueError(f"eta must be >= 0, got --eta {self.eta:g}")
-        if self.sigma_hat and self.eta != 1.0:
-            raise ValueError(f"--sigma-hat takes --eta 1 (App. D.3), got --eta {self.eta:g}")
+        if self.tau:
+            if (self.steps, self.spacing) != (50, "linear"):
+                raise ValueError("give --tau, or --steps and --spacing, not both")
+            _numbers(self.tau)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}")
         if self.cycle_labels and self.label is not None:
             raise ValueError(f"give --label or --cycle-labels, not both, got --label {self.label}")
         if self.guidance is not None and self.labels is None:
             raise ValueError("--guidance is towards a class: give --label or --cycle-labels too")
+        return find_method(self.method, self.eta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +156,20 @@ def describe(facts: dict[str, Any], indent: str = "") -> str:
             shown = f"{value:,}" if type(value) is int else value
             lines.append(f"{indent}{name}: {shown}")
     return "\n".join(lines)
+
+
+def _numbers(tau: str) -> np.ndarray:
+    """The timesteps of --tau."""
+    path = pathlib.Path(tau)
+    if path.suffix == ".npy":
+        return np.load(path)
+    text = path.read_text() if path.is_file() else tau
+    try:
+        return np.array([int(word) for word in text.replace(",", " ").split()])
+    except ValueError:
+        raise ValueError(
+            f"--tau takes whole numbers, such as 1,10,100, or a file of them, got {tau!r}"
+        ) from None
 
 
 def check_writable(path: pathlib.Path) -> None:

@@ -11,13 +11,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ddim_jax._files import portable
+from ddim_jax.arrays import image_keys
 from ddim_jax.cli.options import SamplingOptions, SourceOptions, check_writable
-from ddim_jax.clipping import clip_x0
-from ddim_jax.generate import check_condition, conditioned, label_of, wait
-from ddim_jax.images import grid, save_png
+from ddim_jax.generation.shards import check_condition, conditioned, label_of, wait
+from ddim_jax.pictures.images import grid, save_png
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.timesteps import timesteps
+from ddim_jax.storage.files import portable
 
 
 def sample(
@@ -41,11 +40,8 @@ def sample(
     """
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"need at least one image, got {num_images} in batches of {batch_size}")
-    sampling.check()
-    steps, eta, seed = sampling.steps, sampling.eta, sampling.seed
-    stem = pathlib.Path(model).resolve().stem
-    label = "" if sampling.label is None else f"-label{sampling.label}"
-    out = out or pathlib.Path(f"{stem}{label}-S{steps}-eta{eta:g}-seed{seed}.png")
+    method = sampling.check()
+    out = out or pathlib.Path(f"{pathlib.Path(model).resolve().stem}{sampling.stem}.png")
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, the format written, got {out}")
     if out.exists() and not overwrite:
@@ -58,18 +54,10 @@ def sample(
             "generate writes them as arrays"
         )
     labels, guidance = check_condition(loaded, sampling.labels, sampling.guidance)
-    schedule = loaded.schedule
-    tau = timesteps(schedule.num_steps, steps, sampling.spacing, schedule=schedule)
-    sampler = make_sampler(
-        conditioned(loaded),
-        schedule,
-        tau,
-        eta,
-        use_sigma_hat=sampling.sigma_hat,
-        x0_fn=clip_x0(1.0) if sampling.clip else None,
-        prediction=loaded.prediction,
-    )
-    key, noise_key = jax.random.split(jax.random.key(seed))
+    tau = sampling.timesteps(loaded.schedule)
+    sampler = make_sampler(conditioned(loaded, sampling.clip), tau, method=method)
+    noisy = method(loaded.schedule, tau).steps.sigma is not None
+    key, noise_key = jax.random.split(jax.random.key(sampling.seed))
     scale = None if guidance is None else np.float32(guidance)
     images = []
     with tqdm(total=num_images, unit="image", desc="compiling") as bar:
@@ -77,8 +65,9 @@ def sample(
             # Whole batches, so that the last one does not compile anew.
             indices = np.arange(start, start + min(batch_size, num_images))
             x_T = initial_noise(key, indices, loaded.image_shape)
-            weights = (loaded.params, label_of(loaded, labels, indices), scale)
-            drawn = sampler(weights, x_T, noise_key if eta > 0 else None, indices=indices)
+            keys = image_keys(noise_key, indices) if noisy else None
+            label = label_of(loaded, labels, indices)
+            drawn = sampler(x_T, keys, labels=label, guidance=scale)
             bar.set_description("drawing")
             wait(drawn, bar)
             if not np.isfinite(drawn).all():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax._files import whole_file
+from ddim_jax.storage.files import whole_file
 
 FORMAT = 1
 _HEADER = "header"

@@ -50,7 +50,7 @@ def features(
     Args:
       extractor: from `pixels`, `resnet56` or `inception`.
       images: uint8 (n, H, W, C), or an iterable of such arrays of any n, all of one (H, W, C).
-        Images in the network's range [−1, 1] become uint8 by `ddim_jax.images.to_uint8`.
+        Images in the network's range [−1, 1] become uint8 by `ddim_jax.pictures.images.to_uint8`.
       batch_size: images at a time.
 
     Returns:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax._files import differences
 from ddim_jax.evaluation.extractors import Extractor, features
 from ddim_jax.evaluation.frechet import frechet_distance, frechet_jackknife, moments
 from ddim_jax.evaluation.kernel import kernel_distance
 from ddim_jax.evaluation.precision_recall import precision_recall
 from ddim_jax.evaluation.reference import Reference, extractor_facts
+from ddim_jax.storage.files import differences
 
 
 class Figure(NamedTuple):

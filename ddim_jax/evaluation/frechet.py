@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddim_jax._files import differences
 from ddim_jax.evaluation._npz import load_npz, save_npz
+from ddim_jax.storage.files import differences
 
 KIND = "moments"
 Shard = TypeVar("Shard")

@@ -9,7 +9,6 @@ import pathlib
 
 import numpy as np
 
-from ddim_jax._files import whole_file
 from ddim_jax.evaluation._layers import (
     Params,
     State,
@@ -17,6 +16,7 @@ from ddim_jax.evaluation._layers import (
     conv_norm_shapes,
     fold_batch_norm,
 )
+from ddim_jax.storage.files import whole_file
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -83,7 +83,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: it is damaged, or holds another network; what is wrong is named.
     """
-    from ddim_jax.torch_files import load_torch
+    from ddim_jax.weights.torch_files import load_torch
 
     state = load_torch(path)
     if not isinstance(state, dict):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax._files import differences
 from ddim_jax.evaluation._npz import load_npz, save_npz
 from ddim_jax.evaluation.extractors import Extractor, features
 from ddim_jax.evaluation.frechet import Moments, moments, unpack
+from ddim_jax.storage.files import differences
 
 if TYPE_CHECKING:
     from ddim_jax.data import Dataset

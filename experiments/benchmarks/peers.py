@@ -34,10 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax._unet_config import UNetConfig
-from ddim_jax.pretrained import PAPER, to_facts
-from ddim_jax.schedule import ScheduleConfig
-from ddim_jax.unet import abstract_params, build, make_apply
+from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.unet import abstract_params, build, make_apply
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.weights.pretrained import PAPER, to_facts
 from experiments.provenance import device, versions, write_json
 
 OURS = "ours"

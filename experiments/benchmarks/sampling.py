@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax._unet_config import UNetConfig
+from ddim_jax.networks.config import UNetConfig
 from experiments.benchmarks import peers
 from experiments.benchmarks.peers import OURS, Call, Sides
 

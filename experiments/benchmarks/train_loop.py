@@ -24,9 +24,9 @@ import numpy as np
 import optax
 
 from ddim_jax.data import batches, load
-from ddim_jax.loop import fit
-from ddim_jax.presets import PRESETS
-from ddim_jax.unet import build
+from ddim_jax.networks.unet import build
+from ddim_jax.training.loop import fit
+from ddim_jax.training.presets import PRESETS
 
 WARM = 20  # steps before the clock starts; a line of metrics every so many
 

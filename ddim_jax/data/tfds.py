@@ -1,0 +1,263 @@
+"""TFDS image data sets stored as array_record: read without TensorFlow, prepared with it."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ddim_jax.pictures.images import decode
+
+DATA_DIR_VARIABLE = "DDIM_JAX_DATA"
+CACHE_BYTES = 2**31  # data sets up to this size are decoded once and then kept in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """One split of a prepared data set; picklable."""
+
+    source: Any  # source[i] -> {"image": the bytes of a file, perhaps "label": int}
+    full_name: str  # with configuration and version
+    num_classes: int | None
+    channels: int | None  # 1 or 3; None where each file decides
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Image `index`, decoded by Pillow whatever else is installed, and its label or −1."""
+        record = self.source[int(index)]
+        image = decode(record["image"], self.channels)
+        return image, -1 if self.num_classes is None else int(record["label"])
+
+
+class Reader:
+    """Decodes records by index; keeps what it has read where all of it fits in CACHE_BYTES."""
+
+    def __init__(
+        self,
+        records: Records,
+        title: str,
+        transform: Callable[[np.ndarray], np.ndarray] | None = None,
+        skip: bool = False,
+    ) -> None:
+        self.records, self.title, self.transform, self.skip = records, title, transform, skip
+        self.unreadable: dict[int, str] = {}
+        size = len(records)
+        self.shape = self._decode(0)[0].shape
+        self.cache = None
+        if size * math.prod(self.shape) <= CACHE_BYTES:
+            images, labels = np.empty((size, *self.shape), np.uint8), np.empty(size, np.int32)
+            self.cache = images, labels, np.zeros(size, bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": None}  # worker processes keep nothing
+
+    def __call__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.cache is None:
+            decoded, numbers = zip(*map(self._checked, indices))
+            return np.stack(decoded), np.array(numbers, np.int32)
+        images, labels, ready = self.cache
+        for index in indices[~ready[indices]]:  # two threads may do the same one: harmless
+            images[index], labels[index] = self._checked(index)
+            ready[index] = True
+        return images[indices], labels[indices]
+
+    def _checked(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = self._decode(int(index))
+        if image.shape != self.shape:
+            raise ValueError(
+                f"{self.title}: image 0 is {self.shape} but image {index} is {image.shape}; pass a "
+                "`transform` that crops or resizes to one shape"
+            )
+        return image, label
+
+    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = self._readable(index)
+        return transformed(image, self.transform), label
+
+    def _readable(self, index: int) -> tuple[np.ndarray, int]:
+        """Record `index` or, where records are skipped, the first after it that can be read."""
+        size = len(self.records)
+        for other in (k % size for k in range(index, index + size)):
+            if other in self.unreadable:
+                continue
+            try:
+                return self.records[other]
+            except MemoryError:
+                raise
+            except Exception as error:
+                detail = re.sub(r" <.* at 0x\w+>", "", str(error)).strip()[:200]
+                reason = f"{type(error).__name__}: {detail}"
+                if not self.skip:
+                    raise ValueError(
+                        f"{self.title}: cannot read image {other} ({reason}); restore the file, "
+                        'or load with on_corrupt="skip"'
+                    ) from error
+                self.unreadable[other] = reason
+        reason = self.unreadable[index]
+        raise ValueError(f"{self.title}: none of its {size} images can be read ({reason})")
+
+
+def transformed(
+    image: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] | None
+) -> np.ndarray:
+    """The image, uint8 (H, W, C), made another by `transform`."""
+    if transform is None:
+        return image
+    made = np.asarray(transform(image))
+    if made.dtype != np.uint8 or made.ndim != 3 or not made.size:
+        raise ValueError(
+            f"transform must return uint8 (H, W, C), got {made.dtype} {made.shape} for an image of "
+            f"{image.shape}"
+        )
+    return made
+
+
+def records(name: str, split: str, data_dir: pathlib.Path) -> Records:
+    """Opens a prepared data set; a ValueError tells what there is and how to prepare the rest."""
+    import tensorflow_datasets as tfds
+
+    homes = _homes(name, data_dir)
+    if not homes:
+        reason = "does not hold it" if data_dir.is_dir() else "does not exist"
+        there = sorted(f"{found}:{home.name}" for found, home in prepared(data_dir))
+        raise ValueError(
+            f"no data set {name!r}: the directory {data_dir} {reason}. Available: "
+            f"{', '.join(['digits', *there])}. {_how_to_prepare(name, data_dir)}"
+        )
+    readable = [home for home, kind in homes.items() if kind == "array_record"]
+    if not readable:
+        raise ValueError(
+            f"{name!r} in {data_dir} is stored as {', '.join(set(homes.values()))}; only "
+            f"array_record can be read without TensorFlow. {_how_to_prepare(name, data_dir)}"
+        )
+    if len({home.parent for home in readable}) > 1:
+        choice = ", ".join(sorted({f"{home.parent.relative_to(data_dir)}" for home in readable}))
+        raise ValueError(f"{name!r} has several configurations in {data_dir}; name one: {choice}")
+    try:
+        builder = tfds.builder_from_directory(readable[-1])
+        features = dict(builder.info.features)
+        decoders = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+        source = builder.as_data_source(split=split, decoders=decoders)
+    except Exception as error:
+        raise ValueError(f"cannot open {name!r} {split!r} in {data_dir}: {error}") from error
+    image = features.get("image")
+    if not isinstance(image, tfds.features.Image):
+        raise ValueError(f"{name!r} has no feature 'image'; it has {', '.join(sorted(features))}")
+    if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3, None):
+        raise ValueError(f"{name!r} has images {image}; uint8 with 1 or 3 channels can be read")
+    num_classes = getattr(features.get("label"), "num_classes", None)
+    return Records(source, builder.info.full_name, num_classes, image.shape[-1])
+
+
+def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """Downloads a TFDS image data set and stores it as array_record; this needs TensorFlow.
+
+    What is already prepared is left alone, and a line printed says so. TensorFlow is needed for
+    this step alone: the directory can be prepared on one machine and read on another without it.
+
+    Args:
+      name: of a TFDS data set ("mnist", "cifar10", "celeb_a", "lsun/bedroom", "mnist:3.0.1").
+      data_dir: where TFDS data sets lie; default the variable DDIM_JAX_DATA, else TFDS's own.
+
+    Returns:
+      The directory of the prepared version.
+
+    Raises:
+      ModuleNotFoundError: no TensorFlow here; the message says what to install and the command
+        that does the same elsewhere.
+      ValueError: not a name, unknown to TFDS, or already there in another format.
+
+    Example:
+      >>> prepare("digits")
+      Traceback (most recent call last):
+      ValueError: digits comes with scikit-learn: there is nothing to prepare
+    """
+    directory = resolve(data_dir)
+    check_name(name)
+    if name == "digits":
+        raise ValueError("digits comes with scikit-learn: there is nothing to prepare")
+    homes = _homes(name, directory)
+    for home, kind in homes.items():
+        if kind == "array_record":
+            print(f"{name} is already prepared: {home}")
+            return home
+    if homes:
+        raise ValueError(
+            f"{name!r} is already in {directory}, stored as {', '.join(set(homes.values()))}, and "
+            "is left alone; give another data_dir"
+        )
+    needs = {"tensorflow": "tensorflow"}
+    if name.startswith("lsun"):
+        needs["tensorflow_io"] = "tensorflow-io"
+    missing = [package for module, package in needs.items() if not importlib.util.find_spec(module)]
+    if missing:
+        raise ModuleNotFoundError(
+            f"preparing {name!r} needs {' and '.join(missing)}, not installed here: pip install "
+            f"{' '.join(missing)}. Or prepare it where they are and copy the directory:\n"
+            f"  {_build_command(name, directory)}"
+        )
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=directory, file_format="array_record")
+    builder.download_and_prepare()
+    return pathlib.Path(builder.data_dir)
+
+
+def prepared(data_dir: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+    """(name or name/config, directory of a version) for each name/version/dataset_info.json."""
+    infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
+    homes = [info.parent for info in infos]
+    return [(home.parent.relative_to(data_dir).as_posix(), home) for home in homes]
+
+
+def resolve(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+    """The directory meant by an argument or, without one, by the environment."""
+    named = data_dir or os.environ.get(DATA_DIR_VARIABLE) or os.environ.get("TFDS_DATA_DIR")
+    return pathlib.Path(named or "~/tensorflow_datasets").expanduser()
+
+
+def check_name(name: str) -> None:
+    """A ValueError where `name` cannot be one."""
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.=-]+)?(:\d+\.\d+\.\d+)?", name):
+        raise ValueError(
+            "a data set is 'digits' or NAME, NAME/CONFIG, NAME:VERSION as in TFDS ('mnist', "
+            f"'lsun/bedroom', 'mnist:3.0.1'), got {name!r}"
+        )
+
+
+def _how_to_prepare(name: str, data_dir: pathlib.Path) -> str:
+    return (
+        f"Point data_dir or {DATA_DIR_VARIABLE} at prepared data, or prepare it (this needs "
+        f"TensorFlow: pip install 'ddim_jax[prepare]'):\n  {_build_command(name, data_dir)}"
+    )
+
+
+def _build_command(name: str, data_dir: pathlib.Path) -> str:
+    return f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
+
+
+def _homes(name: str, data_dir: pathlib.Path) -> dict[pathlib.Path, str]:
+    """Directory -> file format of what is prepared under `name`, the newest version last."""
+    wanted, _, version = name.partition(":")
+    homes = [
+        home
+        for found, home in prepared(data_dir)
+        if (found + "/").startswith(wanted + "/") and version in ("", home.name)
+    ]
+    homes.sort(key=lambda home: [int(number) for number in re.findall(r"\d+", home.name)])
+    return {home: _file_format(home) for home in homes}
+
+
+def _file_format(home: pathlib.Path) -> str:
+    try:
+        return json.loads((home / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    except (OSError, ValueError, AttributeError):
+        return "something unknown (its dataset_info.json is damaged)"

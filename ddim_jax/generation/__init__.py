@@ -1,0 +1,1 @@
+"""Many images: drawn on all devices, written in shards."""

@@ -1,0 +1,1 @@
+"""The U-Net of Ho et al., its convolution, and what a network costs."""

@@ -1,0 +1,162 @@
+"""Figures: sample grids, x̂_0 trajectories, loss curves (matplotlib)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from ddim_jax.pictures.images import grid
+
+GREY = "#666666"
+
+
+def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss against step, on a logarithmic axis, with its running median.
+
+    Args:
+      lines: from `run_folder.read_metrics`.
+
+    Returns:
+      A figure.
+    """
+    step = np.array([line["step"] for line in lines])
+    loss = np.array([line["loss"] for line in lines])
+    width = max(1, len(loss) // 20)
+    smooth = [np.median(loss[max(0, i - width) : i + width + 1]) for i in range(len(loss))]
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.semilogy(step, loss, color="#b7c9e2", linewidth=1, label="mean since the last line")
+    axes.semilogy(step, smooth, color="#1f4e9c", linewidth=2, label="running median")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def sample_table(
+    cells: Mapping[tuple[float, int], np.ndarray], scores: Mapping[tuple[float, int], float]
+) -> Figure:
+    """One panel of samples for each (η, S), rows by η and columns by S, all from the same x_T.
+
+    Args:
+      cells: (η, S) → (n, H, W, C).
+      scores: (η, S) → Fréchet distance, written over its panel.
+
+    Returns:
+      A figure.
+    """
+    etas = sorted({eta for eta, _ in cells})
+    counts = sorted({s for _, s in cells})
+    figure, axes = plt.subplots(
+        len(etas),
+        len(counts),
+        figsize=(2.6 * len(counts), 2.85 * len(etas)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for i, eta in enumerate(etas):
+        for j, count in enumerate(counts):
+            axis = axes[i, j]
+            axis.imshow(grid(np.asarray(cells[eta, count]), scale=4, gap=2))
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"Fréchet {scores[eta, count]:.2f}", fontsize=9, color=GREY)
+            if j == 0:
+                axis.set_ylabel(f"η = {eta:g}", fontsize=12)
+            if i == len(etas) - 1:
+                axis.set_xlabel(f"S = {count}", fontsize=12)
+    return figure
+
+
+def trajectory_strip(t: np.ndarray, x_t: np.ndarray, x_0: np.ndarray) -> Figure:
+    """x_t above x̂_0 for each image, along the steps kept.
+
+    Args:
+      t: (K,) decreasing.
+      x_t: (K, B, H, W, C).
+      x_0: (K, B, H, W, C), the predictions x̂_0.
+
+    Returns:
+      A figure of 2B rows and K columns.
+    """
+    count, batch = x_t.shape[:2]
+    figure, axes = plt.subplots(
+        2 * batch,
+        count,
+        figsize=(0.85 * count, 1.8 * batch),
+        layout="constrained",
+        squeeze=False,
+    )
+    for k in range(count):
+        for b in range(batch):
+            for row, image in ((2 * b, x_t[k, b]), (2 * b + 1, x_0[k, b])):
+                axis = axes[row, k]
+                axis.imshow(grid(np.asarray(image)[None], gap=0))
+                axis.set_xticks([])
+                axis.set_yticks([])
+                if k == 0:
+                    axis.set_ylabel("$x_t$" if row % 2 == 0 else r"$\hat{x}_0$", rotation=0)
+                    axis.yaxis.set_label_coords(-0.35, 0.4)
+        axes[0, k].set_title(f"t = {t[k]}", fontsize=8)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG; closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A self-contained HTML page.
+
+    Args:
+      title: plain text.
+      body: HTML fragments, in order; see `figure_html` and `table_html`.
+
+    Returns:
+      The page's text, with no reference to any other file.
+    """
+    style = (
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;"
+        "color:#222}img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}"
+        "td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}"
+        "th:first-child,td:first-child{text-align:left}figcaption,.note{color:#666}"
+        "code{background:#f3f3f3;padding:.1rem .3rem}figure{margin:1.5rem 0}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>\n" + "\n".join(body) + "</html>\n"
+    )
+
+
+def figure_html(png: bytes, caption: str) -> str:
+    """The picture, inlined, with its caption as alternative text too."""
+    data = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table of text cells."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"

@@ -1,0 +1,189 @@
+"""Guidance: maps from denoisers to denoisers.
+
+What these return predicts what they were given, and goes wherever a denoiser goes: `sample` with
+any method, `trajectory`, `encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image
+from ddim_jax.process.gaussian import coefficients
+from ddim_jax.process.prediction import Predictor, prediction_of, same_prediction
+from ddim_jax.process.schedule import Schedule
+
+
+def classifier_free(
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    scale: ArrayLike,
+    *,
+    interval: tuple[int, int] | None = None,
+) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022, Eq. 6, with w there equal to w − 1 here).
+
+    ε = ε(x, t) + w (ε(x, t | y) − ε(x, t)): w = 0 is unconditional, w = 1 conditional, w > 1 guided
+
+    Holds for ε-, x_0- and v-predictions alike, as the weights sum to one. With one network that
+    takes labels, `classifier_free_labels` makes one call of twice the batch instead of two calls.
+
+    Args:
+      conditional: ε(x, t | y).
+      unconditional: ε(x, t).
+      scale: w, a finite scalar or (B,), may be traced.
+      interval: (lo, hi): guide where lo ≤ t ≤ hi only, and elsewhere take w = 1 (Kynkäänniemi
+        et al. 2024). Both denoisers are called all the same.
+
+    Returns:
+      A `Denoiser`.
+
+    Raises:
+      ValueError: scale or interval is out of range, or the two predict different things.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> guided = ddim.classifier_free(lambda x, t: 2 * x, lambda x, t: x, scale=3.0)
+      >>> guided(jnp.ones((1, 2)), jnp.array([500])).tolist()
+      [[4.0, 4.0]]
+    """
+    weight = _scale_at(scale, interval)
+
+    def denoise(x: Array, t: Array) -> Array:
+        uncond = call(unconditional, x, t)
+        return uncond + weight(x, t) * (call(conditional, x, t) - uncond)
+
+    return Predictor(denoise, same_prediction(conditional, unconditional))
+
+
+def classifier_free_labels(
+    apply_fn: Callable[[Array, Array, Array], Array],
+    labels: Array,
+    null_label: ArrayLike,
+    scale: ArrayLike,
+    *,
+    interval: tuple[int, int] | None = None,
+) -> Denoiser:
+    """`classifier_free` for one network that takes labels, in one call of twice the batch.
+
+    ε = ε(x, t, ∅) + w (ε(x, t, y) − ε(x, t, ∅)): w = 1 is conditional (Ho & Salimans 2022, Eq. 6)
+
+    Args:
+      apply_fn: (x (2B, ...), t (2B,), labels (2B, ...)) → (2B, ...).
+      labels: (B, ...) class numbers or embeddings y, one for each image.
+      null_label: ∅, what the network was given in place of a label; broadcast to `labels`.
+      scale: w, a finite scalar or (B,), may be traced.
+      interval: (lo, hi), as in `classifier_free`.
+
+    Returns:
+      A `Denoiser` for batches of B images.
+
+    Raises:
+      ValueError: scale or interval is out of range, ∅ does not fit the labels, or their number is
+        not that of the images.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> network = lambda x, t, y: y[:, None] * x
+      >>> guided = ddim.classifier_free_labels(network, jnp.array([2.0, 3.0]), 1.0, scale=3.0)
+      >>> guided(jnp.ones((2, 1)), jnp.array([500, 500])).tolist()
+      [[4.0], [7.0]]
+    """
+    weight = _scale_at(scale, interval)
+    labels = jnp.asarray(labels)
+    null = jnp.broadcast_to(jnp.asarray(null_label).astype(labels.dtype), labels.shape)
+    both_labels = jnp.concatenate([labels, null])
+
+    def denoise(x: Array, t: Array) -> Array:
+        if labels.shape[:1] != x.shape[:1]:
+            raise ValueError(f"got labels for {labels.shape[0]} images and {x.shape[0]} images")
+        twice = call(
+            lambda x, t: apply_fn(x, t, both_labels),
+            jnp.concatenate([x, x]),
+            jnp.concatenate([t, t]),
+        )
+        cond, uncond = jnp.split(twice, 2)
+        return uncond + weight(x, t) * (cond - uncond)
+
+    return Predictor(denoise, prediction_of(apply_fn))
+
+
+def classifier(
+    denoise: Denoiser,
+    log_prob_fn: Callable[[Array, Array], Array],
+    schedule: Schedule,
+    scale: ArrayLike = 1.0,
+) -> Denoiser:
+    """Classifier guidance (Dhariwal & Nichol 2021, Algorithm 2).
+
+    ε̂ = ε(x, t) − w √(1 − ᾱ_t) ∇_x log p(y | x_t)
+
+    At w = 1 with exact parts this is the exact denoiser of p(x_0 | y). In terms of the other
+    predictions it is x̂_0 + w (1 − ᾱ_t)/√ᾱ_t ∇ and v − w √((1 − ᾱ_t)/ᾱ_t) ∇.
+
+    Args:
+      denoise: the unconditional denoiser.
+      log_prob_fn: (x (B, ...), t (B,)) → (B,) log p(y | x_t), differentiable; image i's value may
+        depend on image i alone.
+      schedule: the noise schedule.
+      scale: w, a finite scalar or (B,), may be traced.
+
+    Returns:
+      A `Denoiser`.
+
+    Raises:
+      ValueError: scale is not finite, or log_prob_fn does not return one value per image.
+
+    Example:
+      >>> import ddim_jax as ddim, jax.numpy as jnp
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.64, 0.36])
+      >>> log_prob = lambda x, t: -((x - 1) ** 2).sum(axis=1) / 2
+      >>> guided = ddim.classifier(lambda x, t: 0 * x, log_prob, schedule)
+      >>> round(guided(jnp.zeros((1, 1)), jnp.array([2])).item(), 4)
+      -0.8
+    """
+    prediction = prediction_of(denoise)
+    weight = _scale_at(scale, None)
+
+    def total(x: Array, t: Array) -> Array:
+        log_prob = log_prob_fn(x, t)
+        if jnp.shape(log_prob) != x.shape[:1]:
+            raise ValueError(
+                f"log_prob_fn must return one log-probability per image, {x.shape[:1]}, got shape "
+                f"{jnp.shape(log_prob)}"
+            )
+        return log_prob.sum()
+
+    def guided(x: Array, t: Array) -> Array:
+        c = coefficients(schedule, t, t * 0)
+        a, b = per_image(c.sqrt_alpha_bar_t, x), per_image(c.sqrt_one_minus_alpha_bar_t, x)
+        change = {"eps": -b, "x_0": b**2 / a, "v": -b / a}[prediction.kind]
+        return call(denoise, x, t) + weight(x, t) * change * jax.grad(total)(x, t)
+
+    return Predictor(guided, prediction)
+
+
+def _scale_at(
+    scale: ArrayLike, interval: tuple[int, int] | None
+) -> Callable[[Array, Array], Array]:
+    """(x, t) → w, shaped to multiply x, and 1 outside the interval."""
+    if is_concrete(scale) and not np.isfinite(np.asarray(scale)).all():
+        raise ValueError(f"scale must be finite, got {scale}")
+    if jnp.ndim(scale) > 1:
+        raise ValueError(f"scale must be a scalar or (B,), got shape {jnp.shape(scale)}")
+    if interval is not None and not interval[0] <= interval[1]:
+        raise ValueError(f"interval must be (lo, hi) with lo <= hi, got {interval}")
+
+    def weight(x: Array, t: Array) -> Array:
+        if jnp.shape(scale) not in ((), x.shape[:1]):
+            raise ValueError(f"scale is for {jnp.shape(scale)} images, x has {x.shape[:1]}")
+        w = jnp.broadcast_to(jnp.asarray(scale).astype(x.dtype), x.shape[:1])
+        if interval is not None:
+            w = jnp.where((interval[0] <= t) & (t <= interval[1]), w, 1)
+        return per_image(w, x)
+
+    return weight

@@ -1,0 +1,150 @@
+"""The methods: public functions that return (schedule, τ) → `Plan`, and their names.
+
+A new one is a new file with such a function, and a line in `METHODS`; or stays at home, as
+`module:function` on the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddim_jax.arrays import ArrayLike, is_concrete
+from ddim_jax.process.gaussian import coefficients
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.sampling.adams_bashforth import adams_bashforth, pf_euler
+from ddim_jax.sampling.plan import Method, Plan, pairs
+
+
+def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | None = None) -> Method:
+    """The steps of Eq. 12 with σ(η) of Eq. 16, or with σ of your own (DDIM §4.1).
+
+    x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε_θ(x_t, t) + σ z; η = 0 is DDIM, η = 1 is DDPM
+
+    Args:
+      eta: η ≥ 0, a scalar, or (S,) along τ; may be traced.
+      sigma: (S,) σ along τ, in place of η; sigma[0] is 0, as the last step ends at s = 0.
+
+    Returns:
+      A `Method`.
+
+    Raises:
+      ValueError: η and σ are both given, or, when used, one is out of range or of another length
+        than τ.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> plan = ddim.ddim(eta=1.0)(ddim.linear_schedule(1000), [401, 421])
+      >>> f"{plan.steps.sigma[0] ** 2:.4f}"
+      '0.1477'
+    """
+    if sigma is not None and is_concrete(eta) and np.any(np.asarray(eta) != 0):
+        raise ValueError(f"give eta or sigma, not both: got eta = {eta} and a sigma")
+
+    def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
+        t, s = pairs(schedule, tau)
+        steps = coefficients(schedule, t, s, _along("eta", eta, t), sigma=_along("sigma", sigma, t))
+        noise = eta if sigma is None else sigma
+        silent = is_concrete(noise) and not np.any(np.asarray(noise))
+        return Plan(t, steps._replace(sigma=None) if silent else steps)
+
+    return plan
+
+
+def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
+    """Ho et al.'s DDPM along any τ, with either of its two variances (DDIM §5 and App. D.3).
+
+    `"small"`: σ(1) of Eq. 16, which is `ddim(1.0)`. `"large"`: the noise is scaled by
+    σ̂ = √(1 − ᾱ_t/ᾱ_s), while the direction term keeps σ(1).
+
+    Args:
+      variance: `"small"` or `"large"`.
+      final_noise: whether the large variance also adds noise in the last step, to s = 0, where
+        the authors add none. (The small one is 0 there.)
+
+    Returns:
+      A `Method`.
+
+    Raises:
+      ValueError: the variance is unknown, or final_noise is asked of the small one.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> plan = ddim.ddpm("large")(ddim.linear_schedule(1000), [1, 999, 1000])
+      >>> [round(float(v), 2) for v in plan.steps.sigma**2]
+      [0.02, 1.0, 0.0]
+    """
+    if variance not in ("small", "large"):
+        raise ValueError(f'variance must be "small" or "large", got {variance!r}')
+    if variance == "small":
+        if final_noise:
+            raise ValueError('final_noise goes with variance="large": σ(1) is 0 in the last step')
+        return ddim(1.0)
+
+    def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
+        t, s = pairs(schedule, tau)
+        c = coefficients(schedule, t, s, 1.0, use_sigma_hat=True)
+        return Plan(t, c if final_noise else c._replace(sigma=c.sigma * (s > 0)))
+
+    return plan
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "ddpm-large": partial(ddpm, "large"),
+    "adams-bashforth-2": partial(adams_bashforth, 2),
+    "adams-bashforth-3": partial(adams_bashforth, 3),
+    "adams-bashforth-4": partial(adams_bashforth, 4),
+    "pf-euler": pf_euler,
+}
+
+
+def find_method(name: str, eta: float = 0.0) -> Method:
+    """A method by its name in `METHODS`, or as `module:function`, called with no argument.
+
+    Args:
+      name: such as `"ddim"` or `"adams-bashforth-2"`.
+      eta: of `"ddim"`; the others have none.
+
+    Returns:
+      A `Method`.
+
+    Raises:
+      ValueError: the name is unknown, or η is given to a method that has none.
+      ModuleNotFoundError: there is no such module.
+
+    Example:
+      >>> find_method("ddim", 0.5) is not None
+      True
+    """
+    if eta and name != "ddim":
+        raise ValueError(f'eta = {eta:g} goes with method "ddim"; {name!r} has no eta')
+    if name in METHODS:
+        return METHODS[name](eta) if name == "ddim" else METHODS[name]()
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(
+            f"unknown method {name!r}; choose {', '.join(METHODS)}, or module:function"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except AttributeError as error:
+        raise ValueError(f"module {module} has no method {attribute!r}") from error
+
+
+def _along(name: str, value: Any, t: Any) -> Any:
+    """η or σ along τ, in the order of sampling."""
+    if value is not None and np.shape(value) not in ((), t.shape):
+        raise ValueError(
+            f"{name} must be a scalar or one value per element of tau, {t.shape}, got shape "
+            f"{np.shape(value)}"
+        )
+    if np.shape(value) == ():
+        return value
+    return (value if isinstance(value, jax.Array) else np.asarray(value))[::-1]

@@ -1,0 +1,160 @@
+"""A method as a table, and the one scan that runs any of them.
+
+Every sampler here is the DDIM step of Eq. 12 with a weighted sum of the last predictions in the
+place of the prediction,
+
+    x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε̄ + σ z,   ε̄ = Σ_j w_j ε_j   (or x̄_0 = Σ_j w_j x̂_0,j),
+
+where j counts calls back in time, and each of (x̂_0, ε̄) fixes the other at x_t. The numbers are
+known before the run: a method is a function (schedule, τ) → `Plan`, one row a step, and two methods
+of one memory length are one compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_concrete, normal, wide
+from ddim_jax.process.gaussian import Coefficients
+from ddim_jax.process.prediction import prediction_of, to_x0_eps
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.spacing import as_timesteps
+from ddim_jax.process.stepping import towards
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A method's numbers for one τ: S rows, in the order of sampling.
+
+    Attributes:
+      t: (S,) int, what the network is told.
+      steps: `Coefficients` of (S,) for the state, from its t to its s; sigma is None where no
+        noise is ever added.
+      weights: (S, M) of the last M predictions, newest first; None where the newest is all, and
+        nothing is remembered.
+      told: `Coefficients` of (S,) of the t that the network is told, where it is not the state's
+        (encoders); else None.
+      remembers: which predictions `weights` sums: `"eps"` or `"x_0"`.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> plan = ddim.ddim()(ddim.linear_schedule(1000), [1, 10, 100])
+      >>> plan.t.tolist(), plan.steps.sigma, plan.weights
+      ([100, 10, 1], None, None)
+    """
+
+    t: Any
+    steps: Coefficients
+    weights: Any = None
+    told: Coefficients | None = None
+    remembers: str = dataclasses.field(default="eps", metadata={"static": True})
+
+
+class Method(Protocol):
+    """(schedule, τ) → `Plan`: float64 on the host where both are concrete."""
+
+    def __call__(self, schedule: Schedule, tau: ArrayLike | Sequence[int], /) -> Plan: ...
+
+
+def pairs(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> tuple[Any, Any]:
+    """The steps (t, s) of τ in the order of sampling: (τ_S, τ_{S−1}), …, (τ₁, 0), each (S,) int.
+
+    Raises:
+      ValueError: τ is no strictly increasing int vector in 1..T.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> t, s = pairs(ddim.linear_schedule(1000), [1, 10, 100])
+      >>> t.tolist(), s.tolist()
+      ([100, 10, 1], [10, 1, 0])
+    """
+    xp: Any = np
+    if is_concrete(tau):
+        tau = as_timesteps(np.asarray(tau), schedule.num_steps)
+    else:
+        xp, tau = jnp, jnp.asarray(tau)
+        if tau.ndim != 1 or not jnp.issubdtype(tau.dtype, jnp.integer):
+            raise ValueError(f"tau must be an int vector (S,), got {tau.dtype}{tau.shape}")
+    return tau[::-1], xp.concatenate([tau[-2::-1], xp.zeros(1, tau.dtype)])
+
+
+def run(
+    denoise: Denoiser,
+    x_T: Array,
+    plan: Plan,
+    keys: Array | None = None,
+    keep: np.ndarray | None = None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """The scan: x_T → x_0, along a plan.
+
+    The network is traced once whatever S is; memory holds M predictions. The state and all
+    coefficients are float32 at least; the network is given x in x_T's dtype.
+
+    Args:
+      denoise: the network, with what it predicts.
+      x_T: (B, ...) floating.
+      plan: of a method.
+      keys: (B,) one key per image, from `image_keys`; None for no noise.
+      keep: (S,) bool, the steps whose (x_t, x̂_0) are wanted; None for none of them.
+
+    Returns:
+      (x_0, (x_t, x̂_0) of the kept steps, each (K, B, ...)), in x_T's dtype.
+    """
+    x_T = check_batch(x_T)
+    if keys is not None and keys.shape != x_T.shape[:1]:
+        raise ValueError(f"got keys of {keys.shape[0]} images for {x_T.shape[0]} images")
+    prediction, x = prediction_of(denoise), wide(x_T)
+    prediction.check(plan.told or plan.steps)
+    keep = np.zeros(plan.t.shape[0], bool) if keep is None else keep
+    num_kept = int(keep.sum())
+    slots = np.where(keep, np.cumsum(keep) - 1, num_kept)  # the one out of range is dropped
+
+    def body(carry: Any, row: Any) -> tuple[Any, None]:
+        (x, past, kept), (now, slot) = carry, row
+        output = call(denoise, x, jnp.full(x.shape[:1], now.t), x_T.dtype)
+        x_0, eps = prediction.x0_eps(now.told or now.steps, x, output)
+        predicted = x_0
+        if now.told is not None:
+            x_0, eps = to_x0_eps(now.steps, x, eps)
+        if now.weights is not None:
+            past = jnp.concatenate([(eps if now.remembers == "eps" else x_0)[None], past[:-1]])
+            mean = jnp.einsum("j,j...->...", now.weights, past)
+            x_0, eps = to_x0_eps(now.steps, x, mean, now.remembers)
+        noise = None if keys is None else step_noise(keys, now.t, x)
+        if num_kept:
+            kept = tuple(
+                old.at[slot].set(new.astype(old.dtype), mode="drop")
+                for old, new in zip(kept, (x, predicted), strict=True)
+            )
+        return (towards(now.steps, x_0, eps, noise), past, kept), None
+
+    memory = 0 if plan.weights is None else plan.weights.shape[1]
+    past = jnp.zeros((memory, *x.shape), x.dtype)
+    kept = tuple(jnp.zeros((num_kept, *x.shape), x_T.dtype) for _ in range(2))
+    (x_0, _, kept), _ = jax.lax.scan(
+        body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32))
+    )
+    return x_0.astype(x_T.dtype), (kept[0], kept[1])
+
+
+def rows(plan: Plan, dtype: Any) -> Plan:
+    """The plan on the device, as the input of a scan: t in int32, all else in `dtype`."""
+
+    def cast(v: ArrayLike) -> Array:
+        v = jnp.asarray(v)
+        return v.astype(jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else dtype)
+
+    return jax.tree.map(cast, plan)
+
+
+def step_noise(keys: Array, t: Array, like: Array) -> Array:
+    """z ~ N(0, I) of image k at t, from `fold_in(key of k, t)` alone."""
+    draw = lambda key: normal(jax.random.fold_in(key, t), like.shape[1:], like.dtype)  # noqa: E731
+    return jax.vmap(draw)(keys)

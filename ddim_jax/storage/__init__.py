@@ -1,0 +1,1 @@
+"""Whole files, digests, checkpoints and weights on disk."""

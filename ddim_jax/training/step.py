@@ -1,0 +1,320 @@
+"""The training step: loss, Adam, moving average; one pure function for 1 device or many (optax).
+
+Its randomness is a function of (seed, step, number of the image in its batch). `loop.fit` calls it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.lax import with_sharding_constraint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddim_jax.pictures.images import to_model
+from ddim_jax.process.objective import loss
+from ddim_jax.process.prediction import PREDICTIONS, predicts
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.training import parallel
+
+Params = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+ApplyFn = Callable[..., jax.Array]  # (params, x, t, dropout_key=None, labels=None) -> ε
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the defaults are those of the paper's CIFAR-10 run (with Ho et al.'s warm-up).
+
+    Attributes:
+      batch_size: images per step, over all devices and processes.
+      num_steps: optimiser steps in all.
+      prediction: what the network learns to predict: ε as in the paper, x_0 or v. ε's error is
+        multiplied by 1/√ᾱ_T at the start of sampling, and DDIM never corrects it; a network
+        trained briefly does better with the others.
+      learning_rate: Adam's, after the warm-up.
+      warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).
+      cosine_decay: multiply the rate by ½(1 + cos(π n/num_steps)): better for short runs. num_steps
+        is then part of what a resumed run must keep.
+      grad_clip: largest global norm of the gradient; a larger one is scaled down to it.
+      adam_b1: decay of the mean of the gradient.
+      adam_b2: decay of the mean of its square.
+      adam_eps: Adam's ε.
+      ema_decay: of the moving average, see `ema_rate`.
+      flip: mirror each image left-right with probability 1/2.
+      label_dropout: for class-conditional networks, the probability of hiding a label from the
+        network (classifier-free guidance); unused by unconditional ones.
+      seed: of everything random in training.
+      accumulate: work through each batch in so many parts, one after the other: less memory, the
+        same update (dropout masks aside). Divides batch_size.
+      fsdp: over how many devices each parameter, its average and its optimiser state are split;
+        the batch is split over all devices in any case.
+      skip_nonfinite: leave out an update whose loss or gradient is not finite, and count it, where
+        the run would otherwise stop. After 100 in a row it stops.
+      num_threads: threads that read and decode images.
+      num_workers: processes that do so instead, 0 for none; for data that threads cannot keep up
+        with.
+      log_every: steps between lines of metrics.
+      checkpoint_every: steps between checkpoints.
+      sample_every: steps between pictures of samples drawn with the moving average; 0 for none.
+      keep: how many checkpoints stay.
+
+    Raises:
+      ValueError: a field outside its range.
+
+    Example:
+      >>> TrainConfig(batch_size=128, num_steps=1000, warmup_steps=100).learning_rate
+      0.0002
+    """
+
+    batch_size: int = 128
+    num_steps: int = 800_000
+    prediction: Literal["eps", "x_0", "v"] = "eps"
+    learning_rate: float = 2e-4
+    warmup_steps: int = 5000
+    cosine_decay: bool = False
+    grad_clip: float = 1.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_eps: float = 1e-8
+    ema_decay: float = 0.9999
+    flip: bool = False
+    label_dropout: float = 0.1
+    seed: int = 0
+    accumulate: int = 1
+    fsdp: int = 1
+    skip_nonfinite: bool = False
+    num_threads: int = 4
+    num_workers: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 5000
+    sample_every: int = 5000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep",
+                     "accumulate", "fsdp", "num_threads"):  # fmt: skip
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_steps", "num_workers", "sample_every"):
+            _require(getattr(self, name) >= 0, self, name, "at least 0")
+        for name in ("learning_rate", "grad_clip", "adam_eps"):
+            _require(0 < getattr(self, name) < math.inf, self, name, "positive and finite")
+        for name in ("adam_b1", "adam_b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, self, name, "in [0, 1)")
+        _require(0 <= self.label_dropout <= 1, self, "label_dropout", "in [0, 1]")
+        _require(0 <= self.seed < 2**32, self, "seed", "in 0..2**32 - 1")
+        kinds = ", ".join(map(repr, PREDICTIONS))
+        _require(self.prediction in PREDICTIONS, self, "prediction", f"one of {kinds}")
+        divides = self.batch_size % self.accumulate == 0
+        _require(divides, self, "accumulate", f"a divisor of batch_size = {self.batch_size}")
+
+
+class TrainState(NamedTuple):
+    """All that the next step depends on, beside its batch."""
+
+    step: jax.Array  # () int32, updates made so far
+    params: Params  # float32
+    ema: Params  # float32, shaped like params
+    opt_state: optax.OptState
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then Adam (Kingma & Ba 2015) with warm-up, and decay if asked.
+
+    Args:
+      config: its optimiser fields.
+
+    Returns:
+      An optax transformation.
+
+    Example:
+      >>> optimizer = make_optimizer(TrainConfig(warmup_steps=0, learning_rate=0.5))
+      >>> updates, _ = optimizer.update(jnp.ones(1), optimizer.init(jnp.zeros(1)))
+      >>> round(float(updates[0]), 3)
+      -0.5
+    """
+
+    def rate(count: jax.Array) -> jax.Array:
+        warm = jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
+        if config.cosine_decay:
+            warm *= (1 + jnp.cos(jnp.pi * count / config.num_steps)) / 2
+        return config.learning_rate * warm
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adam(rate, config.adam_b1, config.adam_b2, config.adam_eps),
+    )
+
+    def update(
+        grads: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            return optimizer.update(grads, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def ema_rate(step: jax.Array, ema_decay: float) -> jax.Array:
+    """Weight of the new parameters in the average: 1 − min(ema_decay, (1 + n)/(10 + n)).
+
+    The average of a short run thus forgets its start; past n ≈ 9/(1 − ema_decay) steps the
+    weight is 1 − ema_decay (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+
+    Args:
+      step: () n ≥ 0, updates made before this one.
+      ema_decay: in [0, 1).
+
+    Returns:
+      () float32.
+
+    Example:
+      >>> ema_rate(jnp.array([0, 90, 10**6]), 0.999)
+      Array([0.9  , 0.09 , 0.001], dtype=float32)
+    """
+    return jnp.maximum(1.0 - ema_decay, 9.0 / (10.0 + step.astype(jnp.float32)))
+
+
+def init_state(params: Params, config: TrainConfig) -> TrainState:
+    """The state before the first step: ema = params, copied, so that both may be donated.
+
+    Args:
+      params: pytree of float32 arrays.
+      config: decides the optimiser.
+
+    Returns:
+      `TrainState` at step 0.
+
+    Example:
+      >>> int(init_state({"w": jnp.zeros(3)}, TrainConfig()).step)
+      0
+    """
+    params = jax.tree.map(jnp.array, params)
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.int32(0), params, ema, make_optimizer(config).init(params))
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    schedule: Schedule,
+    config: TrainConfig,
+    num_classes: int | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One update of Eq. 5 (γ = 1) by Adam, and of the moving average: θ̄ ← θ̄ + ema_rate·(θ − θ̄).
+
+    Every random number derives from `fold_in(key(config.seed), state.step)`.
+
+    Args:
+      apply_fn: (params, x (B, H, W, C), t (B,), dropout_key, labels=…) -> ε (B, H, W, C); labels
+        are passed only if `num_classes` is given.
+      schedule: of the forward process.
+      config: what is predicted, optimiser, average, flips, seed.
+      num_classes: K of a class-conditional network, whose label K means "none".
+      mesh: from `parallel.make_mesh`: the batch is split over all of it, and the state as
+        `parallel.state_sharding` says: parameters are gathered for the forward pass, gradients
+        are summed over all devices, and each device updates its own part.
+
+    Returns:
+      Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}) -> (state, metrics). The
+      given state is donated: do not use it again. metrics are scalars on the device: "loss",
+      "grad_norm" (before clipping) and "param_norm" (after the update).
+
+    Raises:
+      ValueError: apply_fn says that it predicts something else than `config.prediction`.
+
+    Example:
+      >>> from ddim_jax.process.schedule import linear_schedule
+      >>> def apply_fn(params, x, t, dropout_key=None):
+      ...     return params["scale"] * x
+      >>> config = TrainConfig(batch_size=4)
+      >>> step = make_train_step(apply_fn, linear_schedule(1000), config)
+      >>> state = init_state({"scale": jnp.zeros(())}, config)
+      >>> images = jnp.zeros((4, 8, 8, 1), jnp.uint8)
+      >>> state, metrics = step(state, {"image": images, "label": jnp.zeros(4, jnp.int32)})
+      >>> int(state.step), sorted(metrics)
+      (1, ['grad_norm', 'loss', 'param_norm'])
+    """
+    optimizer = make_optimizer(config)
+    parts, apply_fn = config.accumulate, predicts(apply_fn, config.prediction)
+
+    def own(tree: Any) -> Any:  # each device its part, as the state is kept
+        if mesh is None:
+            return tree
+        return with_sharding_constraint(tree, parallel.state_sharding(mesh, tree))
+
+    def whole(tree: Any) -> Any:
+        return with_sharding_constraint(tree, parallel.replicated(mesh)) if mesh else tree
+
+    def split(x: jax.Array) -> jax.Array:  # (B, ...) -> (parts, B/parts, ...), none moves
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, parallel.AXES)
+        return with_sharding_constraint(x, NamedSharding(mesh, spec)) if mesh else x
+
+    def part_loss(params: Params, key: jax.Array, part: Batch) -> jax.Array:
+        loss_key, dropout_key = jax.random.split(key)
+        dropout_key = jax.random.fold_in(dropout_key, part["number"][0])
+        labels = {"labels": part["label"]} if num_classes is not None else {}
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            return apply_fn(params, x, t, dropout_key, **labels)
+
+        return loss(
+            predicts(denoise, config.prediction),
+            schedule,
+            part["x_0"],
+            loss_key,
+            indices=part["number"],
+        )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss_key, flip_key, label_key = jax.random.split(key, 3)
+        x_0, label = to_model(batch["image"]), batch["label"]
+        if config.flip:
+            mirrored = jax.random.bernoulli(flip_key, 0.5, (x_0.shape[0], 1, 1, 1))
+            x_0 = jnp.where(mirrored, x_0[:, :, ::-1], x_0)
+        if num_classes is not None:
+            hidden = jax.random.bernoulli(label_key, config.label_dropout, label.shape)
+            label = jnp.where(hidden, num_classes, label)
+        numbered = {"x_0": x_0, "label": label, "number": jnp.arange(x_0.shape[0])}
+        params = whole(state.params)
+
+        def gradient(part: Batch) -> tuple[jax.Array, Params]:
+            value, grads = jax.value_and_grad(part_loss)(params, loss_key, part)
+            return value, own(grads)
+
+        if parts == 1:
+            value, grads = gradient(numbered)
+        else:
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            total, _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None),
+                zero,
+                jax.tree.map(split, numbered),
+                # XLA runs the gradient of a convolution slowly inside a loop on CPU: no loop there.
+                unroll=jax.default_backend() == "cpu",
+            )
+            value, grads = jax.tree.map(lambda v: v / parts, total)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = ema_rate(state.step, config.ema_decay)
+        ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
+        new = TrainState(state.step + 1, params, ema, opt_state)
+        if config.skip_nonfinite:
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+            new = new._replace(step=state.step + 1)
+        metrics = {"loss": value, "grad_norm": norm, "param_norm": optax.tree.norm(new.params)}
+        return own(new), whole(metrics)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _require(condition: bool, config: TrainConfig, name: str, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}")

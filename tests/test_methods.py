@@ -1,0 +1,158 @@
+"""One suite over all methods: what every one of them must do, and what is special to some."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ddim_jax as ddim
+from ddim_jax.process import oracle
+from ddim_jax.sampling.methods import METHODS, find_method
+from tests import reference
+
+SCHEDULE = ddim.linear_schedule(1000)
+A = reference.alpha_bar_linear()
+TAU = ddim.timesteps(1000, 12, "quadratic")
+EXACT = oracle.gaussian(SCHEDULE, 0.3, 0.2)
+KEY = jax.random.key(3)
+EVERY = pytest.mark.parametrize("name", METHODS)
+NOISY = {name for name in METHODS if find_method(name)(SCHEDULE, TAU).steps.sigma is not None}
+# The order that each must show; DDIM's own for whatever is not named here.
+ORDERS = {"adams-bashforth-2": 1.9, "adams-bashforth-3": 2.8, "adams-bashforth-4": 3.7}
+
+
+def as_kind(kind):
+    """The exact denoiser, as a network that predicts x_0 or v."""
+
+    def network(x, t):
+        c = ddim.coefficients(SCHEDULE, t, t * 0)
+        return ddim.from_x0_eps(c, *ddim.to_x0_eps(c, x, EXACT(x, t)), kind)
+
+    return ddim.predicts(network, kind)
+
+
+@EVERY
+def test_a_row_for_each_call_and_float64_on_the_host(name):
+    plan = find_method(name)(SCHEDULE, TAU)
+    assert plan.t.tolist() == TAU[::-1].tolist()
+    leaves = jax.tree.leaves((plan.steps, plan.weights))
+    assert all(leaf.dtype == np.float64 and leaf.shape[0] == len(TAU) for leaf in leaves)
+    assert plan.steps.sqrt_alpha_bar_s[-1] == 1  # every method ends at s = 0
+    assert (plan.weights is None) or np.allclose(plan.weights.sum(1), 1) or name == "pf-euler"
+
+
+@EVERY
+def test_every_kind_of_prediction_draws_the_same(name):
+    """Within what float32 costs: the first step divides ε's rounding by √ᾱ_T = 0.006."""
+    x_T = ddim.initial_noise(KEY, 5, (3,))
+    runs = [
+        ddim.sample(as_kind(kind), x_T, SCHEDULE, TAU, key=KEY, method=find_method(name))
+        for kind in ("eps", "x_0", "v")
+    ]
+    bound = 64 * np.finfo(np.float32).eps / np.sqrt(A[1000])
+    for other in runs[1:]:
+        np.testing.assert_allclose(other, runs[0], atol=bound * float(jnp.abs(runs[0]).max()))
+
+
+@EVERY
+def test_trajectory_is_sample(name):
+    x_T, method = ddim.initial_noise(KEY, 4, (3,)), find_method(name)
+    path = ddim.trajectory(EXACT, x_T, SCHEDULE, TAU, key=KEY, method=method, at=TAU[::3])
+    want = ddim.sample(EXACT, x_T, SCHEDULE, TAU, key=KEY, method=method)
+    np.testing.assert_allclose(path.sample, want, rtol=1e-6, atol=1e-6)
+    assert path.t.tolist() == TAU[::3][::-1].tolist()
+
+
+@EVERY
+def test_an_image_does_not_depend_on_its_batch(name):
+    x_T, method = ddim.initial_noise(KEY, 5, (3,)), find_method(name)
+    whole = ddim.sample(EXACT, x_T, SCHEDULE, TAU, key=KEY, method=method)
+    keys = ddim.image_keys(KEY, [3, 4])
+    part = ddim.sample(EXACT, x_T[3:], SCHEDULE, TAU, key=keys, method=method)
+    np.testing.assert_allclose(part, whole[3:], rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_the_network_is_called_once_a_row(name):
+    calls, traces = [], []
+
+    def network(x, t):
+        traces.append(t)
+        return 0.9 * x
+
+    watched = ddim.watch(network, lambda t: calls.append(int(t)))
+    tau = [3, 50, 200, 600, 900, 1000]
+    x_T = jnp.ones((2, 3))
+    ddim.sample(watched, x_T, SCHEDULE, tau, key=KEY, method=find_method(name)).block_until_ready()
+    jax.effects_barrier()
+    assert sorted(calls) == tau
+    assert len(traces) == 1
+
+
+@EVERY
+def test_noise_needs_a_key_and_only_noise(name):
+    run = lambda **key: ddim.sample(  # noqa: E731
+        EXACT, jnp.ones((2, 3)), SCHEDULE, TAU, method=find_method(name), **key
+    )
+    if name in NOISY:
+        with pytest.raises(ValueError, match="needs key"):
+            run()
+    else:
+        np.testing.assert_array_equal(run(), run(key=KEY))
+
+
+def test_one_program_for_each_memory_length():
+    """Every table, τ, η and set of weights of one memory length runs the same compiled function."""
+    traces = []
+
+    def apply_fn(w, x, t):
+        traces.append(1)
+        return w * EXACT(x, t)
+
+    x_T = ddim.initial_noise(KEY, 4, (3,))
+    sampler = ddim.make_sampler(ddim.Model(apply_fn, jnp.float32(1), SCHEDULE), TAU)
+    outputs = []
+    for method in (ddim.ddim(), ddim.ddim(0.5), ddim.ddim(1.0), ddim.ddpm("large")):
+        for tau in (TAU, ddim.timesteps(1000, 12)):
+            outputs.append(sampler(x_T, KEY, method=method, tau=tau, params=jnp.float32(0.9)))
+    assert len(traces) == 1
+    for method in (ddim.adams_bashforth(2), ddim.adams_bashforth(2, variable="sigma")):
+        for tau in (TAU, ddim.timesteps(1000, 12)):
+            outputs.append(sampler(x_T, method=method, tau=tau))
+    assert len(traces) == 2
+    assert len({float(out.sum()) for out in outputs}) == len(outputs)
+
+
+def test_a_table_of_ones_own():
+    """What a stranger writes: the midpoint of DDIM and Eq. 15, by name from another module."""
+
+    def between(schedule, tau):
+        plan = ddim.pf_euler()(schedule, tau)
+        return ddim.Plan(plan.t, plan.steps, (plan.weights + 1) / 2)
+
+    x_T = ddim.initial_noise(KEY, 4, (3,))
+    x, visited = np.asarray(x_T, np.float64) / np.sqrt(A[TAU[-1]]), [*TAU[::-1], 0]
+    for t, s in itertools.pairwise(visited):
+        sigma = np.sqrt(1 / A[[t, s]] - 1)
+        mean, b = np.sqrt(A[t]) * 0.3, 1 - A[t]
+        eps = np.sqrt(b) * (np.sqrt(A[t]) * x - mean) / (A[t] * 0.2 + b)
+        euler = sigma[1] - sigma[0]
+        x = x + (euler + (sigma[1] ** 2 - sigma[0] ** 2) / (2 * sigma[0])) / 2 * eps
+    got = ddim.sample(EXACT, x_T, SCHEDULE, TAU, method=between)
+    np.testing.assert_allclose(got, x, rtol=1e-3, atol=1e-3)
+    assert find_method("ddim_jax.sampling.methods:ddim")(SCHEDULE, TAU).weights is None
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: find_method("heun"), "unknown method 'heun'"),
+        (lambda: find_method("pf-euler", 0.5), "has no eta"),
+        (lambda: find_method("math:nothing"), "no method 'nothing'"),
+    ],
+)
+def test_bad_names(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
