@@ -289,7 +289,9 @@ def test_batch_split_invariance(steps, cut, data):
     x_T = ddim.initial_noise(key, 7, (3, 2))
     run = partial(stochastic, tau=np.array(tau))
     whole = run(x_T, ddim.image_keys(key, 7))
-    parts = [run(x_T[k], ddim.image_keys(key, np.arange(7)[k])) for k in (slice(cut), slice(cut, 7))]
+    parts = [
+        run(x_T[k], ddim.image_keys(key, np.arange(7)[k])) for k in (slice(cut), slice(cut, 7))
+    ]
     # Another batch may round otherwise, by a few 6e-8 of x, which x̂_0 divides by √ᾱ.
     atol = 1e-6 / np.sqrt(A[tau[-1]])
     np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=atol)

@@ -295,8 +295,8 @@ def conditioned(model: Model, clip: bool = False) -> Model:
         none = jnp.int32(model.config.num_classes)
         return classifier_free_labels(network, labels, none, guidance)(x, t)
 
-    model = model._replace(apply_fn=Predictor(apply_fn, model.prediction))
-    return predicts(model, x0_fn=clip_x0(1.0)) if clip else model
+    taking = model._replace(apply_fn=Predictor(apply_fn, model.prediction))
+    return predicts(taking, x0_fn=clip_x0(1.0)) if clip else taking
 
 
 def check_condition(
