@@ -94,7 +94,7 @@ def test_sample_the_shipped_model(command, tmp_path):
         pixels = np.asarray(image)
     assert facts == {
         **{"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear"},
-        **{"sigma_hat": False, "clip": False, "seed": 0},
+        **{"method": "ddim", "tau": None, "clip": False, "seed": 0},
         **{"label": None, "cycle_labels": False, "guidance": None},
     }
     with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
@@ -102,7 +102,7 @@ def test_sample_the_shipped_model(command, tmp_path):
     command("sample digits --num-images 5 --steps 4 --eta 0.5 --batch-size 5 --overwrite")
     with Image.open(path) as image:  # another batch size, the same images
         assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1
-    command("sample digits --num-images 1 --steps 3 --eta 1 --sigma-hat --clip --out hat.png")
+    command("sample digits --num-images 1 --steps 3 --method ddpm-large --clip --out hat.png")
 
 
 def test_dry_run_of_every_preset(command, tmp_path):
@@ -152,7 +152,12 @@ def test_presets_say_command_hardware_and_score():
         ("train digits --train.batch-size 12 --dry-run", "cannot be split over 8 devices"),
         ("train digits --resume must --dry-run", "no checkpoint to resume from"),
         ("train digits --train.fsdp 3 --dry-run", "fsdp must divide"),
-        ("sample digits --sigma-hat", "--sigma-hat takes --eta 1"),
+        ("sample nothing --method cubic", "unknown method 'cubic'; choose ddim, "),
+        ("sample nothing --method no_such:f", "No module named 'no_such'\n"),
+        ("sample nothing --method ddpm --eta 0.5", "'ddpm' has no eta"),
+        ("sample nothing --tau 1,x", "--tau takes whole numbers"),
+        ("sample digits --tau 10,5", "tau must increase strictly"),
+        ("sample nothing --tau 1,5 --steps 3", "not both"),
         ("sample digits --seed 4294967296", r"--seed must be in 0..2\*\*32 - 1"),
         ("export digits new --diffusers --float16", "--float16 is for a .safetensors file"),
         ("export digits no/such.safetensors", "there is no folder no for such.safetensors"),
@@ -299,7 +304,7 @@ def test_generate_many_images(command, tmp_path, monkeypatch):
 
 
 def test_without_the_training_extras(command, tmp_path, monkeypatch):
-    for name in ("ddim_jax.cli.train", "ddim_jax.cli.evaluate", "ddim_jax.checkpoint"):
+    for name in ("ddim_jax.cli.train", "ddim_jax.cli.evaluate", "ddim_jax.storage.checkpoint"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is a ModuleNotFoundError
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for line in ("train digits", "evaluate many --data digits", "sample run"):
@@ -330,16 +335,14 @@ def tiny(prediction="eps", image_size=8, in_channels=1, channels=32, num_classes
     params = jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
     schedule = ddim.ScheduleConfig("cosine")
     facts = to_facts(schedule, config, prediction)
-    return ddim.Model(apply_fn, params, schedule.build(), config, facts, prediction)
+    return ddim.Model(ddim.predicts(apply_fn, prediction), params, schedule.build(), config, facts)
 
 
 def drawn_by(model, count):
     """What the commands are to draw, seed 0, S = 3, η = 0."""
-    sampler = ddim.make_sampler(
-        model.apply_fn, model.schedule, [333, 666, 1000], prediction=model.prediction
-    )
     key = jax.random.split(jax.random.key(0))[0]
-    return sampler(model.params, ddim.initial_noise(key, count, (8, 8, 1)))
+    x_T = ddim.initial_noise(key, count, (8, 8, 1))
+    return ddim.make_sampler(model, [333, 666, 1000])(x_T)
 
 
 def differ_by_rounding(a, b):
@@ -378,7 +381,7 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
         assert differ_by_rounding(image, grid(drawn_by(model, 12), scale=8))
     command(f"generate {given} --out many --num-images 2 --steps 3")
     command(f"export {given} m.safetensors")
-    assert ddim.load_model("m.safetensors").prediction == "v"
+    assert ddim.load_model("m.safetensors").prediction.kind == "v"
 
 
 def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path):

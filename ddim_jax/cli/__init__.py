@@ -53,6 +53,10 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
 GO_ON = ("demo", "generate", "evaluate")  # commands that, called again, go on where they were
 ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError)
 PREEMPTED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal and saved; run it again
+EXTRAS = {  # what the modules of this package and of its extras are called
+    *("ddim_jax", "absl", "array_record", "grain", "matplotlib", "optax", "orbax", "sklearn"),
+    *("tensorboardX", "tensorflow_datasets"),
+}
 INSTALL = "training, runs and evaluation need more: in a checkout, pip install '.[train]'"
 
 
@@ -172,7 +176,7 @@ def _said(error: Exception) -> str | None:
     """What the user is told of an error; None for one that is no fault of use."""
     import jax
 
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
         return f"{error}; {INSTALL}"
     if isinstance(error, ERRORS):
         return str(error) or type(error).__name__
