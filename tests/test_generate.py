@@ -20,6 +20,8 @@ import ddim_jax as ddim
 from ddim_jax.generation import shards as module
 from ddim_jax.generation.shards import generate, iter_shards, make_draw
 from ddim_jax.networks.unet import UNetConfig
+from ddim_jax.pictures.images import to_uint8
+from ddim_jax.sampling.methods import find_method
 
 SHAPE = (4, 4, 1)
 CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -91,22 +93,20 @@ def test_of_a_linear_network_they_are_a_multiple_of_x_T(draw, spacing, tau, seed
 
 
 @pytest.mark.parametrize(
-    "options", [{"eta": 0.5}, {"eta": 1.0, "use_sigma_hat": True, "clip": True}], ids=str
+    "options",
+    [{"eta": 0.5}, {"method": "ddpm-large", "clip": True}, {"method": "pf-euler"}],
+    ids=str,
 )
 def test_they_are_those_of_a_plain_sampler(digits, draw, options):
     folder = draw(
         model=digits, num_images=12, steps=3, seed=7, devices=jax.devices()[:2], **options
     )
     key, noise_key = jax.random.split(jax.random.key(7))
-    eta, clip = options["eta"], options.pop("clip", False)
-    sampler = ddim.make_sampler(
-        digits.apply_fn,
-        digits.schedule,
-        [333, 666, 1000],
-        x0_fn=ddim.clip_x0() if clip else None,
-        **options,
-    )
-    plain = sampler(digits.params, ddim.initial_noise(key, 12, (8, 8, 1)), noise_key, eta=eta)
+    model = ddim.predicts(digits, x0_fn=ddim.clip_x0()) if "clip" in options else digits
+    method = find_method(options.get("method", "ddim"), options.get("eta", 0.0))
+    noise_key = None if "pf-euler" in options.values() else noise_key
+    sampler = ddim.make_sampler(model, [333, 666, 1000], method=method)
+    plain = sampler(ddim.initial_noise(key, 12, (8, 8, 1)), noise_key)
     pixels = np.clip(np.rint(127.5 * (np.asarray(plain) + 1)), 0, 255)
     differs = pixels != images(folder)
     assert np.abs(pixels - images(folder)).max() <= 1
@@ -142,7 +142,7 @@ def test_tau_itself_may_be_given(draw):
     model = toy()
     plain = ddim.sample(lambda x, t: linear(model.params, x, t), x_T(21), model.schedule, tau)
     folder = draw(steps=tau)
-    np.testing.assert_array_equal(images(folder), ddim.images.to_uint8(plain))
+    np.testing.assert_array_equal(images(folder), to_uint8(plain))
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["tau"] == tau.tolist()
     assert draw(steps=tau.tolist()) == folder
@@ -163,7 +163,7 @@ def test_networks_that_predict_x_0_or_v(draw, prediction):
         return ddim.from_x0_eps(c, x_0, eps, prediction)
 
     expected = images(draw("eps")).astype(int)
-    folder = draw(model=toy(other)._replace(prediction=prediction))
+    folder = draw(model=ddim.predicts(toy(other), prediction))
     assert np.abs(images(folder) - expected).max() <= 1
     with pytest.raises(ValueError, match=f"model.prediction: saved '{prediction}', now 'eps'"):
         draw(model=toy(other))
@@ -176,7 +176,7 @@ def test_classes_cycle(draw):
     plain = ddim.sample(
         lambda x, t: linear(model.params, x, t, labels), x_T(21), model.schedule, [4, 8, 12, 16, 20]
     )
-    np.testing.assert_array_equal(images(folder), ddim.images.to_uint8(plain))
+    np.testing.assert_array_equal(images(folder), to_uint8(plain))
     with pytest.warns(
         UserWarning, match="has 3 classes and draws without any: choose labels=0...2"
     ):
@@ -197,9 +197,7 @@ def test_one_class_and_guidance(draw):
             return 0.25 * x + shift / 10
 
         tau = [4, 8, 12, 16, 20]
-        return ddim.images.to_uint8(
-            ddim.sample(denoise, x_T(21), ddim.linear_schedule(20, 0.01, 0.3), tau)
-        )
+        return to_uint8(ddim.sample(denoise, x_T(21), ddim.linear_schedule(20, 0.01, 0.3), tau))
 
     model = toy(network, num_classes=3)
     for guidance, shift in [(None, 2), (1.0, 2), (0.0, 3), (2.5, 0.5)]:
@@ -228,7 +226,7 @@ def hlo(function, *args):
 
 def test_the_compiled_sampler_has_no_collective(digits):
     mesh = Mesh(np.array(jax.devices()), ("images",))
-    function = make_draw(digits, mesh, ddim.timesteps(1000, 3), 1.0)
+    function = make_draw(digits, mesh, ddim.timesteps(1000, 3), find_method("ddpm"))
     keys = jax.random.split(jax.random.key(0))
     text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32), None, None)
     assert "num_partitions=8" in text
@@ -269,7 +267,7 @@ def test_another_class_or_guidance_compiles_nothing():
 
     model = toy(counted, num_classes=3)
     mesh = Mesh(np.array(jax.devices()[:1]), ("images",))
-    function = make_draw(model, mesh, np.array([5, 20]))
+    function = make_draw(model, mesh, np.array([5, 20]), find_method("ddim"))
     keys, numbers = jax.random.split(jax.random.key(0)), np.arange(2, dtype=np.uint32)
     once = []
     for label, scale in [(0, 1.0), (2, 1.0), (2, 3.0)]:
