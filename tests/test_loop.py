@@ -240,6 +240,9 @@ def test_what_load_model_would_miss_is_said_at_the_start(tmp_path):
     other = dataclasses.replace(TEN, num_steps=20)
     with pytest.raises(ValueError, match="schedule of facts, .*num_steps=20.*is not the one"):
         oblong(tmp_path / "a", facts=to_facts(other, OBLONG))
+    labelled = dataclasses.replace(OBLONG, num_classes=10)
+    with pytest.raises(ValueError, match="for 10 classes, fit was called with num_classes=None"):
+        oblong(tmp_path / "a", labelled, facts=to_facts(TEN, labelled))
     assert not (tmp_path / "a").exists()
 
 

@@ -488,6 +488,25 @@ def test_bad_arguments(tiny, change, error, message):
         apply_fn(params, **arrays)
 
 
+def test_a_time_that_does_not_fit_into_32_bits_is_not_wrapped_around(tiny):
+    apply_fn, _ = build(dataclasses.replace(TINY, num_classes=3), jax.random.key(0))
+    params, big = (
+        abstract_params(dataclasses.replace(TINY, num_classes=3)),
+        np.array([1, 2**32 + 1]),
+    )
+    with pytest.raises(ValueError, match="t must be .*got 4294967297"):
+        apply_fn(params, images(), big)
+    with pytest.raises(ValueError, match="labels must be .*got 4294967297"):
+        apply_fn(params, images(), np.array([1, 2]), labels=big)
+
+
+def test_a_traced_time_below_1_gives_nan_for_its_image_alone(tiny):
+    apply_fn, params = tiny
+    eps = apply_fn(params, images(), jnp.array([0, 5]))
+    assert np.isnan(eps[0]).all()
+    np.testing.assert_array_equal(eps[1], apply_fn(params, images(), jnp.array([9, 5]))[1])
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [

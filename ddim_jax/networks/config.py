@@ -138,29 +138,29 @@ def check_params(params: Params, abstract: Params) -> None:
 
 def check_inputs(config: UNetConfig, x: Any, t: Any, labels: Any) -> tuple[Any, Any, Any]:
     """x, t and labels as arrays, "no label" filled in; ValueError or TypeError where unfit."""
-    x, t = jnp.asarray(x), jnp.asarray(t)
+    x = jnp.asarray(x)
     if x.ndim != 4 or x.shape[-1] != config.in_channels:
         raise ValueError(f"x must be (batch, height, width, {config.in_channels}), got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, in the scale of x_t, got {x.dtype}: convert it first")
     check_divisible("height of x", x.shape[1], config)
     check_divisible("width of x", x.shape[2], config)
-    _check_ints("t", t, x.shape[0], 1, None, "the paper's 1..T; 1 is subtracted in apply_fn")
+    t = _check_ints("t", t, x.shape[0], 1, None, "the paper's 1..T; 1 is subtracted in apply_fn")
     if config.num_classes is None:
         if labels is not None:
             raise ValueError("labels given to an unconditional network: set config.num_classes")
     elif labels is None:
         labels = jnp.full(x.shape[:1], config.num_classes)
     else:
-        labels = jnp.asarray(labels)
         meaning = f"0..{config.num_classes}, {config.num_classes} for no label"
-        _check_ints("labels", labels, x.shape[0], 0, config.num_classes, meaning)
+        labels = _check_ints("labels", labels, x.shape[0], 0, config.num_classes, meaning)
     return x, t, labels
 
 
 def _check_ints(
-    name: str, a: jax.Array, batch: int, low: int, high: int | None, meaning: str
-) -> None:
+    name: str, a: Any, batch: int, low: int, high: int | None, meaning: str
+) -> jax.Array:
+    a = a if isinstance(a, jax.Array) else np.asarray(a)  # JAX would wrap around what is too large
     if a.shape != (batch,):
         raise ValueError(
             f"{name} must have shape ({batch},), one per image, got {a.shape}: "
@@ -169,6 +169,7 @@ def _check_ints(
     if not jnp.issubdtype(a.dtype, jnp.integer):
         raise TypeError(f"{name} must be integer ({meaning}), got {a.dtype}")
     if not isinstance(a, jax.core.Tracer):
-        bad = [int(v) for v in np.asarray(a) if v < low or (high is not None and v > high)]
-        if bad:
+        top = np.iinfo(np.int32).max if high is None else high
+        if bad := [int(v) for v in np.asarray(a) if not low <= v <= top]:
             raise ValueError(f"{name} must be in {meaning}; got {bad[0]}")
+    return jnp.asarray(a)

@@ -34,7 +34,7 @@ def timestep_embedding(index: jax.Array, dim: int) -> jax.Array:
     halves and h − 1 for h, as in the code released by Ho et al. (2020).
 
     Args:
-        index: (batch,) the network's 0-based index, t − 1.
+        index: (batch,) the network's 0-based index, t − 1; below 0 gives NaN.
         dim: even, at least 4.
 
     Returns:
@@ -46,7 +46,8 @@ def timestep_embedding(index: jax.Array, dim: int) -> jax.Array:
     """
     half = dim // 2
     freq = np.exp(-math.log(10000) / (half - 1) * np.arange(half)).astype(np.float32)
-    angle = index.astype(jnp.float32)[:, None] * freq[None, :]
+    place = jnp.where(index < 0, jnp.nan, index.astype(jnp.float32))
+    angle = place[:, None] * freq[None, :]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
@@ -340,7 +341,8 @@ def build(config: UNetConfig, key: jax.Array) -> tuple[Callable[..., jax.Array],
 
     - params: as returned, or any dict of the same structure and shapes;
     - x: (B, H, W, in_channels) floating; H and W multiples of `config.downsampling`;
-    - t: (B,) integer, the paper's 1..T. Ho et al.'s networks take t − 1, subtracted here, once;
+    - t: (B,) integer, the paper's 1..T. Ho et al.'s networks take t − 1, subtracted here, once; t
+      below 1 gives NaN where it is traced;
     - dropout_key: a JAX random key in training; None: no dropout;
     - labels: (B,) integer in 0..num_classes, where num_classes means "no label" (as None does);
       a label out of range gives NaN where it is traced;

@@ -137,7 +137,7 @@ def fit(
         could not be written.
       ValueError: the saved configuration differs, and the message shows where; the batch cannot be
         split over the devices; or `facts` tell of another schedule, or of a U-Net with other
-        parameters or images.
+        parameters, classes or images.
       RuntimeError: worker processes, and a main script without `if __name__ == "__main__":`.
       FloatingPointError: a loss or gradient is not finite.
       Preempted: a signal asked to stop, and the state is saved.
@@ -146,7 +146,7 @@ def fit(
     folder = directory / "checkpoints"
     apply_fn = predicts(apply_fn, config.prediction)
     mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
-    _check_facts(config_dict, params, schedule, dataset, folder, say)
+    _check_facts(config_dict, params, schedule, dataset, num_classes, folder, say)
     params = jax.tree.map(np.asarray, params)
     like = jax.eval_shape(lambda p: init_state(p, config), params)
     sharding = parallel.state_sharding(mesh, like)
@@ -331,6 +331,7 @@ def _check_facts(
     params: Params,
     schedule: Schedule,
     dataset: Dataset,
+    num_classes: int | None,
     folder: pathlib.Path,
     say: Callable[[str], None],
 ) -> None:
@@ -355,6 +356,11 @@ def _check_facts(
         raise ValueError(
             f"the schedule of facts, {schedule_config}, is not the one to train with: build it by "
             "schedule_config.build()"
+        )
+    if model.num_classes != num_classes:
+        raise ValueError(
+            f"the network of facts is for {model.num_classes} classes, fit was called with "
+            f"num_classes={num_classes}: without labels it learns none, so give both the same"
         )
     if model.image_shape != dataset.image_shape:
         raise ValueError(
