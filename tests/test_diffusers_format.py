@@ -15,7 +15,7 @@ from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights.diffusers_config import schedule_config, unet_config, unet_settings
 from ddim_jax.weights.diffusers_format import diffusers_name
-from ddim_jax.weights.pretrained import load_model, save_diffusers
+from ddim_jax.weights.pretrained import load_model, save_diffusers, to_facts
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
@@ -176,10 +176,9 @@ LABELS = dataclasses.replace(TINY, num_classes=3)
 @pytest.mark.parametrize("config", [TINY, LABELS], ids=["plain", "labels"])
 def test_round_trip(tmp_path, config):
     params = unet.build(config, jax.random.key(0))[1]
-    facts = {"score": 3, **ddim.pretrained.to_facts(ScheduleConfig("cosine", 50), config, "v")}
-    model = ddim.Model(
-        unet.make_apply(config), params, ddim.cosine_schedule(50), config, facts, "v"
-    )
+    facts = {"score": 3, **to_facts(ScheduleConfig("cosine", 50), config, "v")}
+    apply_fn = ddim.predicts(unet.make_apply(config), "v")
+    model = ddim.Model(apply_fn, params, ddim.cosine_schedule(50), config, facts)
     save_diffusers(tmp_path / "saved", model)
     again = load_model(tmp_path / "saved")
     assert (again.config, again.prediction.kind) == (config, "v")
