@@ -23,7 +23,7 @@ from ddim_jax.storage.files import write_whole
 from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import digits
 from ddim_jax.training.run_folder import read_metrics
-from ddim_jax.weights.pretrained import Model, load_model, to_facts
+from ddim_jax.weights import Model, load_model, to_facts
 
 STEPS = (10, 20, 50, 100)
 ETAS = (0.0, 0.5, 1.0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax.weights.pretrained import PAPER
+from ddim_jax.networks.paper import PAPER
 from experiments.benchmarks import peers, sampling, training
 
 WORDS = ["--small", "--no-memory", "--batch", "2", "--rounds", "2", "--dtype", "float32"]

@@ -22,7 +22,7 @@ from ddim_jax.networks.unet import abstract_params, count_params
 from ddim_jax.pictures.images import grid, to_uint8
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.training.presets import PRESETS
-from ddim_jax.weights.pretrained import to_facts
+from ddim_jax.weights import to_facts
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import torch_writer
 

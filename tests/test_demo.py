@@ -7,7 +7,7 @@ import pytest
 from ddim_jax import demo
 from ddim_jax.data import load
 from ddim_jax.networks.unet import abstract_params, count_params
-from ddim_jax.weights.pretrained import load_model
+from ddim_jax.weights import load_model
 
 
 def score(num_samples, steps):

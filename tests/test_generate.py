@@ -18,7 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 import ddim_jax as ddim
 from ddim_jax.generation import shards as module
-from ddim_jax.generation.shards import generate, iter_shards, make_draw
+from ddim_jax.generation.drawing import make_draw
+from ddim_jax.generation.shards import generate, iter_shards
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.sampling.methods import find_method

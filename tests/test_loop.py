@@ -27,7 +27,7 @@ from ddim_jax.training.loop import fit
 from ddim_jax.training.run_folder import Preempted, locked, writer
 from ddim_jax.training.step import TrainConfig
 from ddim_jax.training.summary import summarise
-from ddim_jax.weights.pretrained import load_model, to_facts
+from ddim_jax.weights import load_model, to_facts
 from tests.tiny import (
     SCHEDULE,
     affine,

@@ -17,10 +17,11 @@ import safetensors.numpy
 
 import ddim_jax as ddim
 from ddim_jax.networks import unet
+from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import ScheduleConfig, predicts
 from ddim_jax.storage.checkpoint import Checkpoints
 from ddim_jax.storage.weights_file import HEADER_KEY, save_weights
-from ddim_jax.weights.pretrained import PAPER, load_model, save_diffusers, save_model, to_facts
+from ddim_jax.weights import load_model, save_diffusers, save_model, to_facts
 from ddim_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY

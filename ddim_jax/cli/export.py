@@ -8,7 +8,7 @@ import tyro
 
 from ddim_jax.cli.options import SourceOptions
 from ddim_jax.networks.unet import count_params
-from ddim_jax.weights.pretrained import save_diffusers, save_model
+from ddim_jax.weights import save_diffusers, save_model
 
 
 def export(

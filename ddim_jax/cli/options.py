@@ -11,11 +11,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import tyro
 
-from ddim_jax.generation.shards import Labels
+from ddim_jax.generation.drawing import Labels
 from ddim_jax.process import Schedule, ScheduleConfig, as_timesteps, timesteps
 from ddim_jax.sampling import Method, find_method
 from ddim_jax.training import parallel
-from ddim_jax.weights.pretrained import Model, load_model
+from ddim_jax.weights import Model, load_model
 
 Spacing = Literal[
     "linear", "quadratic", "uniform", "quad", "leading", "trailing", "linspace", "logsnr"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ddim_jax.arrays import image_keys
 from ddim_jax.cli.options import SamplingOptions, SourceOptions, check_writable
-from ddim_jax.generation.shards import check_condition, conditioned, label_of, wait
+from ddim_jax.generation.drawing import check_condition, conditioned, label_of, wait
 from ddim_jax.pictures.images import grid, save_png
 from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.storage.files import portable

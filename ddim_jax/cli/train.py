@@ -15,10 +15,11 @@ from ddim_jax.networks.unet import abstract_params, build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.storage.checkpoint import restore_config, saved_steps
 from ddim_jax.storage.files import write_whole
-from ddim_jax.training.loop import check_run, check_same_run, fit
+from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import PRESETS, Preset
+from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import read_metrics
-from ddim_jax.weights.pretrained import to_facts
+from ddim_jax.weights import to_facts
 
 CHOICE: Any = tyro.extras.subcommand_type_from_defaults(
     {name: make() for name, make in PRESETS.items()},

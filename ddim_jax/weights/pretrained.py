@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from ddim_jax.arrays import Array, Denoiser
 from ddim_jax.networks.config import UNetConfig, check_params
-from ddim_jax.process import PREDICTIONS, Prediction, Schedule, ScheduleConfig, predicts
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.networks.paper import PAPER
+from ddim_jax.process import PREDICTIONS, ScheduleConfig, predicts
 from ddim_jax.storage.weights_file import load_weights, save_weights
 from ddim_jax.weights.diffusers_format import (
     Contents,
@@ -26,46 +21,13 @@ from ddim_jax.weights.diffusers_format import (
     read_diffusers,
     write_diffusers,
 )
+from ddim_jax.weights.model import Model, from_facts, to_facts
 from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, infer_config
 from ddim_jax.weights.torch_files import is_torch_file, load_torch
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "models"
-# The networks of the paper, all with the linear schedule. Weights files do not hold dropout.
-PAPER = {
-    "cifar10": UNetConfig(dropout=0.0),
-    "celeba64": UNetConfig(image_size=64, multipliers=(1, 2, 2, 2, 4), dropout=0.0),
-    "lsun256": UNetConfig(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0),
-}
 # As released: ema_diffusion_cifar10_model/model-790000.ckpt, diffusion_cifar10_model-790000.ckpt
 RELEASED = re.compile(r"diffusion_(cifar10|lsun_\w+)_model(/model)?-\d+\.ckpt$")
-
-
-class Model(NamedTuple):
-    """A trained network and all that sampling from it needs."""
-
-    apply_fn: Callable[..., Array]  # (params, x, t, labels=None), with what it predicts
-    params: Any  # nested dict of float32 arrays, the moving average of training
-    schedule: Schedule
-    config: Any = None  # the UNetConfig of our network; None for networks of one's own
-    facts: Mapping[str, Any] = MappingProxyType({})  # provenance: data, training, scores
-
-    @property
-    def prediction(self) -> Prediction:
-        """What the network predicts, and what is done to x̂_0; `predicts(model, …)` changes it."""
-        return prediction_of(self.apply_fn)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of its images."""
-        return self.config.image_shape
-
-    @property
-    def denoise(self) -> Denoiser:
-        """(x, t) → prediction with the weights closed over, for `ddim.sample` outside of jit.
-
-        Inside your own `jax.jit` pass `params` as an argument instead, or they become constants.
-        """
-        return predicts(partial(self.apply_fn, self.params))
 
 
 def load_model(
@@ -209,48 +171,6 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
     write_diffusers(
         pathlib.Path(folder), model.params, model.config, schedule, model.prediction.kind, facts
     )
-
-
-def to_facts(
-    schedule: ScheduleConfig, model: UNetConfig, prediction: str | None = None
-) -> dict[str, Any]:
-    """What a checkpoint or weights file must carry to rebuild schedule and network.
-
-    What the network predicts is left out where None; `fit` adds it, and no word means ε.
-
-    Example:
-      >>> sorted(to_facts(ScheduleConfig(), UNetConfig(), "v"))
-      ['model', 'prediction', 'schedule']
-    """
-    facts = {"model": dataclasses.asdict(model), "schedule": dataclasses.asdict(schedule)}
-    return facts if prediction is None else {**facts, "prediction": prediction}
-
-
-def from_facts(facts: Mapping[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:
-    """Schedule and network configuration back from `to_facts`, through JSON or not.
-
-    Args:
-      facts: a dict with "model" and "schedule".
-
-    Returns:
-      (ScheduleConfig, UNetConfig).
-
-    Raises:
-      ValueError: a part is missing, or has fields this version does not know.
-
-    Example:
-      >>> facts = to_facts(ScheduleConfig(), UNetConfig(multipliers=(1, 2)))
-      >>> schedule, model = from_facts(facts)
-      >>> schedule.num_steps, model.multipliers
-      (1000, (1, 2))
-    """
-    try:
-        model: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()
-        }
-        return ScheduleConfig(**facts["schedule"]), UNetConfig(**model)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no model and schedule that this version understands: {error}") from error
 
 
 def _find(source: str | os.PathLike[str]) -> pathlib.Path:

@@ -35,9 +35,10 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.paper import PAPER
 from ddim_jax.networks.unet import abstract_params, build, make_apply
 from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.weights.pretrained import PAPER, to_facts
+from ddim_jax.weights import to_facts
 from experiments.provenance import device, versions, write_json
 
 OURS = "ours"

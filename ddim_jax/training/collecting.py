@@ -1,0 +1,62 @@
+"""Metrics from the devices to the log; a run that diverges is named here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from ddim_jax.data import Dataset, batch_indices
+from ddim_jax.training.step import (
+    Metrics,
+    TrainConfig,
+)
+
+MAX_SKIPPED = 100  # updates in a row, after which a run that skips them stops nevertheless
+
+
+def collect(
+    waiting: dict[str, list[float]],
+    pending: list[Metrics],
+    step: int,
+    in_a_row: int,
+    dataset: Dataset,
+    config: TrainConfig,
+) -> int:
+    """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one.
+
+    Takes and returns the number of updates skipped in a row.
+    """
+    fetched = jax.device_get(pending)  # waits for the devices
+    for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
+        values = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad and not (config.skip_nonfinite and math.isfinite(values["param_norm"])):
+            images = batch_indices(dataset, config.batch_size, config.seed, at - 1)
+            raise FloatingPointError(
+                f"{bad[0]} is {values[bad[0]]} at step {at}: training stopped. Its batch was "
+                f"images {first(images)} of {dataset.name}. Checkpoints are from before it; try a "
+                "lower learning_rate or grad_clip in a new run, or skip_nonfinite"
+            )
+        waiting.setdefault("skipped", []).append(float(bool(bad)))
+        for name, value in values.items():
+            waiting.setdefault(name, []).extend([] if bad else [value])
+        in_a_row = in_a_row + 1 if bad else 0
+        if in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the {MAX_SKIPPED} updates up to step {at} were all skipped, as none had a finite "
+                "loss and gradient: training stopped"
+            )
+    return in_a_row
+
+
+def means(waiting: Mapping[str, list[float]], config: TrainConfig) -> dict[str, float]:
+    means = {name: sum(v) / len(v) for name, v in waiting.items() if name != "skipped"}
+    return means | ({"skipped": sum(waiting["skipped"])} if config.skip_nonfinite else {})
+
+
+def first(images: np.ndarray, count: int = 8) -> str:
+    more = f", … ({len(images)} in all)" if len(images) > count else ""
+    return ", ".join(str(i) for i in images[:count]) + more

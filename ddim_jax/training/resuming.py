@@ -1,0 +1,222 @@
+"""Whether a run may begin or go on, and where it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ddim_jax.data import Dataset, check_main_guard
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.storage.checkpoint import (
+    CheckpointError,
+    DamagedError,
+    Restored,
+    restore,
+    saved_steps,
+    set_aside,
+)
+from ddim_jax.storage.files import differences, flat
+from ddim_jax.training import parallel
+from ddim_jax.training.run_folder import LOG
+from ddim_jax.training.step import (
+    Params,
+    TrainConfig,
+    TrainState,
+)
+from ddim_jax.weights import from_facts
+
+# These may change when a run is resumed; anything else would make it another run. Those of the
+# second kind leave every function as it is, but not the order of sums, nor of dropout's draws.
+FREE_ON_RESUME = (
+    "train.num_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.keep",
+    "train.num_threads",
+    "train.num_workers",
+    "train.skip_nonfinite",
+)
+ROUNDS_ON_RESUME = ("train.accumulate", "train.fsdp", "model.remat")
+ROUNDED = (
+    "from here on the run agrees with the unbroken one up to rounding (and, with another "
+    "accumulate, but for the masks of dropout), as these differ:"
+)
+
+
+def check_run(
+    dataset: Dataset,
+    config: TrainConfig,
+    directory: str | PathLike[str],
+    facts: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    resume: Literal["never", "auto", "must"] = "never",
+) -> tuple[Mesh, dict[str, Any]]:
+    """All that `fit` can know before it writes anything: whether this run may begin, or go on.
+
+    Args:
+      dataset, config, directory, facts, num_classes, resume: as in `fit`.
+
+    Returns:
+      The mesh, and the configuration that the checkpoints are to hold.
+
+    Raises:
+      FileExistsError, CheckpointError, ValueError: as `fit`.
+    """
+    directory = pathlib.Path(directory)
+    folder = directory / "checkpoints"
+    if resume not in ("never", "auto", "must"):
+        raise ValueError(f"resume must be 'never', 'auto' or 'must', got {resume!r}")
+    if config.num_workers:
+        check_main_guard()
+    if num_classes not in (None, dataset.num_classes):
+        raise ValueError(
+            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
+        )
+    mesh = parallel.make_mesh(config.fsdp)
+    if config.batch_size % (mesh.size * config.accumulate):
+        raise ValueError(
+            f"batch_size = {config.batch_size} in accumulate = {config.accumulate} parts cannot be "
+            f"split over {mesh.size} devices: make it a multiple of "
+            f"{mesh.size * config.accumulate}"
+        )
+    log_path = directory / LOG
+    logged_before = log_path.exists() and log_path.stat().st_size
+    if resume == "never" and (saved_steps(folder) or logged_before):
+        raise FileExistsError(
+            f"{directory} already holds a run; resume it, or choose another folder"
+        )
+    if resume == "must" and not saved_steps(folder):
+        raise CheckpointError(
+            f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
+            "none"
+        )
+    facts = {"prediction": config.prediction, **(facts or {})}
+    if facts["prediction"] != config.prediction:
+        raise ValueError(
+            f"facts say that the network predicts {facts['prediction']!r}, config.prediction that "
+            f"it learns {config.prediction!r}: leave it out of facts"
+        )
+    config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **facts}
+    return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Raises ValueError, showing each difference, where two configurations make two runs.
+
+    Returns:
+      A line for each difference that changes rounding alone.
+
+    Example:
+      >>> check_same_run({"train": {"seed": 0, "keep": 3}}, {"train": {"seed": 0, "keep": 5}})
+      []
+      >>> check_same_run({"train": {"accumulate": 1}}, {"train": {"accumulate": 4}})
+      ['  train.accumulate: saved 1, now 4']
+      >>> check_same_run({"train": {"seed": 0}}, {"train": {"seed": 1}})
+      Traceback (most recent call last):
+      ValueError: a resumed run must keep its configuration, but these differ:
+        train.seed: saved 0, now 1
+    """
+    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
+    if wanted["train"].get("cosine_decay"):
+        free.remove("train.num_steps")
+
+    def among(names: Callable[[str], bool]) -> list[str]:
+        both = ({k: v for k, v in flat(config).items() if names(k)} for config in (saved, wanted))
+        return differences(*both)
+
+    if differ := among(lambda name: name not in free):
+        raise ValueError(
+            "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
+        )
+    return among(lambda name: name in ROUNDS_ON_RESUME)
+
+
+def check_facts(
+    config: dict[str, Any],
+    params: Params,
+    schedule: Schedule,
+    dataset: Dataset,
+    num_classes: int | None,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> None:
+    """Says at the start of a run what `load_model` would say of it in the end."""
+    from ddim_jax.networks.unet import abstract_params, check_params
+
+    try:
+        schedule_config, model = from_facts(config)
+        built = schedule_config.build()
+    except ValueError as error:
+        if jax.process_index() == 0:
+            say(
+                f"warning: load_model and `ddim-jax sample` will not read this run ({error}). For "
+                "a U-Net of ours give fit(..., facts=to_facts(schedule_config, unet_config)), of "
+                "ddim_jax.pretrained; of a network of your own read the moving average with "
+                f"ddim_jax.storage.checkpoint.restore_part({str(folder)!r})"
+            )
+        return
+    check_params(params, abstract_params(model))
+    told, used = (np.asarray(s.log_alpha_bar) for s in (built, schedule))
+    if told.shape != used.shape or not np.allclose(told, used, rtol=1e-5):
+        raise ValueError(
+            f"the schedule of facts, {schedule_config}, is not the one to train with: build it by "
+            "schedule_config.build()"
+        )
+    if model.num_classes != num_classes:
+        raise ValueError(
+            f"the network of facts is for {model.num_classes} classes, fit was called with "
+            f"num_classes={num_classes}: without labels it learns none, so give both the same"
+        )
+    if model.image_shape != dataset.image_shape:
+        raise ValueError(
+            f"the network of facts has images {model.image_shape}, {dataset.name} has "
+            f"{dataset.image_shape}: set image_size={dataset.image_shape[:2]} and in_channels="
+            f"{dataset.image_shape[2]} in its UNetConfig"
+        )
+
+
+def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def restore_latest(
+    folder: pathlib.Path,
+    like: TrainState,
+    fallback: bool,
+    say: Callable[[str], None],
+    config: Mapping[str, Any],
+) -> Restored:
+    """The latest checkpoint; with `fallback` the newest intact one, damaged ones moved aside."""
+    damaged: list[int] = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            restored = restore(folder, like, step)
+        except DamagedError as error:
+            if not fallback:
+                raise DamagedError(
+                    f"{error}. --fallback (fallback=True) goes on from the newest intact one, and "
+                    "moves the damaged aside"
+                ) from error
+            say(f"warning: {error}")
+            damaged.append(step)
+            continue
+        if rounded := check_same_run(restored.config, config):
+            say("\n".join([ROUNDED, *rounded]))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints were read")
+        for bad in damaged if jax.process_index() == 0 else ():
+            say(f"warning: moved the damaged checkpoint {bad} to {set_aside(folder, bad)}")
+        if damaged:
+            say(f"going on from step {step}, the newest intact checkpoint")
+        return restored
+    raise DamagedError(f"no checkpoint in {folder} is intact: {', '.join(map(str, damaged))}")

@@ -1,0 +1,103 @@
+"""A trained network and all that sampling from it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddim_jax.arrays import Array, Denoiser
+from ddim_jax.networks.config import UNetConfig
+from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts
+from ddim_jax.process.prediction import prediction_of
+
+
+class Model(NamedTuple):
+    """A trained network and all that sampling from it needs.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> ddim.Model(ddim.predicts(lambda w, x, t: w * x, "v"), 0.5, ddim.linear_schedule(1000))
+      Model(1 parameters, T = 1000, predicts v)
+    """
+
+    apply_fn: Callable[..., Array]  # (params, x, t, labels=None), with what it predicts
+    params: Any  # nested dict of float32 arrays, the moving average of training
+    schedule: Schedule
+    config: Any = None  # the UNetConfig of our network; None for networks of one's own
+    facts: Mapping[str, Any] = MappingProxyType({})  # provenance: data, training, scores
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts, and what is done to x̂_0; `predicts(model, …)` changes it."""
+        return prediction_of(self.apply_fn)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of its images."""
+        if self.config is None:
+            raise AttributeError("a model without a config does not know the shape of its images")
+        return self.config.image_shape
+
+    def __repr__(self) -> str:
+        shape = "" if self.config is None else "×".join(map(str, self.image_shape)) + ", "
+        size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        return (
+            f"Model({shape}{size:,} parameters, T = {self.schedule.num_steps}, predicts "
+            f"{self.prediction.kind})"
+        )
+
+    @property
+    def denoise(self) -> Denoiser:
+        """(x, t) → prediction with the weights closed over, for `ddim.sample` outside of jit.
+
+        Inside your own `jax.jit` pass `params` as an argument instead, or they become constants.
+        """
+        return predicts(partial(self.apply_fn, self.params))
+
+
+def to_facts(
+    schedule: ScheduleConfig, model: UNetConfig, prediction: str | None = None
+) -> dict[str, Any]:
+    """What a checkpoint or weights file must carry to rebuild schedule and network.
+
+    What the network predicts is left out where None; `fit` adds it, and no word means ε.
+
+    Example:
+      >>> sorted(to_facts(ScheduleConfig(), UNetConfig(), "v"))
+      ['model', 'prediction', 'schedule']
+    """
+    facts = {"model": dataclasses.asdict(model), "schedule": dataclasses.asdict(schedule)}
+    return facts if prediction is None else {**facts, "prediction": prediction}
+
+
+def from_facts(facts: Mapping[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:
+    """Schedule and network configuration back from `to_facts`, through JSON or not.
+
+    Args:
+      facts: a dict with "model" and "schedule".
+
+    Returns:
+      (ScheduleConfig, UNetConfig).
+
+    Raises:
+      ValueError: a part is missing, or has fields this version does not know.
+
+    Example:
+      >>> facts = to_facts(ScheduleConfig(), UNetConfig(multipliers=(1, 2)))
+      >>> schedule, model = from_facts(facts)
+      >>> schedule.num_steps, model.multipliers
+      (1000, (1, 2))
+    """
+    try:
+        model: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()
+        }
+        return ScheduleConfig(**facts["schedule"]), UNetConfig(**model)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no model and schedule that this version understands: {error}") from error
