@@ -43,6 +43,20 @@ def test_a_row_for_each_call_and_float64_on_the_host(name):
     assert (plan.weights is None) or np.allclose(plan.weights.sum(1), 1) or name == "pf-euler"
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NOISY])
+def test_order_of_convergence(name):
+    """Against RK4 in float64 on the ODE of Eq. 14, by a fit over S."""
+    schedule, denoise, x_T, exact = reference.smooth_problem()
+    sizes = np.array([32, 64, 128])
+    with jax.enable_x64(True):
+        errors = []
+        for S in sizes:
+            tau = np.arange(1, S + 1) * (schedule.num_steps // S)
+            x_0 = ddim.sample(denoise, jnp.asarray(x_T), schedule, tau, method=find_method(name))
+            errors.append(np.sqrt(np.mean((np.asarray(x_0) - exact) ** 2)))
+    assert -np.polyfit(np.log(sizes), np.log(errors), 1)[0] >= ORDERS.get(name, 0.95), errors
+
+
 @EVERY
 def test_every_kind_of_prediction_draws_the_same(name):
     """Within what float32 costs: the first step divides ε's rounding by √ᾱ_T = 0.006."""
