@@ -176,7 +176,7 @@ def predicts(
       >>> ddim.sample(denoise, jnp.full((1, 2), 4.0), ddim.linear_schedule(1000), [1000]).tolist()
       [[1.0, 1.0]]
     """
-    if hasattr(network, "apply_fn"):
+    if hasattr(network, "apply_fn") and hasattr(network, "_replace"):  # a model
         clipped = predicts(network.apply_fn, kind, x0_fn=x0_fn, rederive_eps=rederive_eps)
         return network._replace(apply_fn=clipped)
     said = _said(network)

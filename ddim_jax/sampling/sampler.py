@@ -258,7 +258,7 @@ def watch(network: Any, callback: Callable[[Any], None]) -> Any:
       >>> sorted(seen)
       [1, 10]
     """
-    if hasattr(network, "apply_fn"):
+    if hasattr(network, "apply_fn") and hasattr(network, "_replace"):  # a model
         return network._replace(apply_fn=watch(network.apply_fn, callback))
 
     def watched(*args: Any, **inputs: Any) -> Array:
