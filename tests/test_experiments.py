@@ -142,7 +142,9 @@ def test_clip_clips_every_row(results):
     key = jax.random.split(jax.random.key(0))[0]
     x_T = ddim.initial_noise(key, 4, model.image_shape)
     clipped, free = (
-        np.asarray(to_uint8(ddim.sample(model.denoise, x_T, model.schedule, tau, x0_fn=f)))
+        np.asarray(
+            to_uint8(ddim.sample(ddim.predicts(model.denoise, x0_fn=f), x_T, model.schedule, tau))
+        )
         for f in (clip_x0(1.0), None)
     )
     (path,) = (results[0] / "fig3" / "samples" / "eta0-S2-linear").glob("*.npy")

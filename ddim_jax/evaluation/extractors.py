@@ -96,7 +96,7 @@ def _rebatch(shards: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         if shard.dtype != np.uint8:
             raise TypeError(
                 f"images must be uint8 in 0..255, got {shard.dtype}; turn images in [-1, 1] into "
-                "pixels with ddim_jax.images.to_uint8"
+                "pixels with ddim_jax.pictures.images.to_uint8"
             )
         if shard.ndim != 4 or 0 in shard.shape[1:]:
             raise ValueError(f"images must be (n, H, W, C), got {shard.shape}")
