@@ -153,9 +153,7 @@ def draw_cells(
             for start in range(0, num_samples, CHUNK):
                 indices = np.arange(start, min(start + CHUNK, num_samples))
                 x_T = initial_noise(key, indices, model.image_shape)
-                parts.append(
-                    np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta))
-                )
+                parts.append(np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta)))
             cells[eta, count] = np.concatenate(parts)
             scores[eta, count] = frechet_distance(moments(cells[eta, count]), reference)
     return cells, scores

@@ -43,7 +43,7 @@ def test_times_are_uniform_in_one_to_t(key):
         seen.append(t)
         return x
 
-    ddim.loss(network, ddim.linear_schedule(5), jnp.zeros((50_000, 1)), key)
+    ddim.loss(network, ddim.cosine_schedule(5), jnp.zeros((50_000, 1)), key)
     counts = np.bincount(seen[0], minlength=6)
     assert counts[0] == 0
     assert np.abs(counts[1:] - 10_000).max() < 4.5 * np.sqrt(10_000 * 0.8)

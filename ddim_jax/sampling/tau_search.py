@@ -61,7 +61,7 @@ def step_errors(
 
     Example:
       >>> import ddim_jax as ddim, jax
-      >>> schedule = ddim.linear_schedule(100)
+      >>> schedule = ddim.linear_schedule(100, rescale_betas=True)
       >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.25)
       >>> x_T = ddim.initial_noise(jax.random.key(0), 8, (2,))
       >>> ddim.step_errors(exact, x_T, schedule, candidates=range(10, 101, 10)).error.shape
@@ -106,7 +106,7 @@ def optimise_timesteps(errors: StepErrors, num_samples: int) -> np.ndarray:
 
     Example:
       >>> import ddim_jax as ddim, jax
-      >>> schedule = ddim.linear_schedule(100)
+      >>> schedule = ddim.linear_schedule(100, rescale_betas=True)
       >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.25)
       >>> x_T = ddim.initial_noise(jax.random.key(0), 8, (2,))
       >>> errors = ddim.step_errors(exact, x_T, schedule)
@@ -169,7 +169,7 @@ def refine_timesteps(
 
     Example:
       >>> import ddim_jax as ddim, jax, numpy as np
-      >>> schedule = ddim.linear_schedule(100)
+      >>> schedule = ddim.linear_schedule(100, rescale_betas=True)
       >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.25)
       >>> x_T = ddim.initial_noise(jax.random.key(0), 8, (2,))
       >>> sampler = jax.jit(lambda x_T, tau: ddim.sample(exact, x_T, schedule, tau))
