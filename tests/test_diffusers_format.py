@@ -149,7 +149,8 @@ def test_half_precision_weights_become_float32(tmp_path, tiny):
     ("scheduler", "schedule", "prediction"),
     [
         ({"_class_name": "DDPMScheduler"}, ScheduleConfig(), "eps"),
-        ({"_class_name": "PNDMScheduler", "num_train_timesteps": 500}, ScheduleConfig("linear", 500),
+        ({"_class_name": "PNDMScheduler", "num_train_timesteps": 500},
+         ScheduleConfig("linear", 500),
          "eps"),
         (
             {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",

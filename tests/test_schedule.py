@@ -134,7 +134,7 @@ def test_the_warning_is_right_and_rescaled_betas_mend_what_it_says():
         exact = ddim.oracle.gaussian(schedule, 0.8, 0.01)
         return ddim.sample(exact, x_T, schedule, ddim.timesteps(100, 50))
 
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="never reaches noise"):
         assert abs(draw(ddim.linear_schedule(100)).mean() - 0.8) > 0.04
     x_0 = draw(ddim.ScheduleConfig("linear", 100, rescale_betas=True).build())
     assert abs(x_0.mean() - 0.8) < 0.02

@@ -68,8 +68,9 @@ class Schedule:
     def log_snr(self) -> np.ndarray | Array:
         """(T+1,) log ᾱ_t/(1 − ᾱ_t): +inf at t = 0."""
         xp = jnp if isinstance(self.log_alpha_bar, jax.Array) else np
-        with np.errstate(divide="ignore"):
-            return self.log_alpha_bar - xp.log(-xp.expm1(self.log_alpha_bar))
+        noisy = self.log_alpha_bar < 0  # twice, or the gradient of every entry is NaN at t = 0
+        log_alpha_bar = xp.where(noisy, self.log_alpha_bar, -1)
+        return xp.where(noisy, log_alpha_bar - xp.log(-xp.expm1(log_alpha_bar)), np.inf)
 
 
 def schedule_from_betas(betas: ArrayLike) -> Schedule:
