@@ -195,3 +195,10 @@ def test_repr_is_short_whatever_the_leaf():
     assert (
         len(repr(jax.vmap(lambda s: s)(jax.tree.map(lambda v: jnp.ones((2, 9)), schedule)))) < 200
     )
+
+
+def test_log_snr_has_its_gradient_although_infinite_at_zero():
+    schedule = ddim.schedule_from_alpha_bar([1.0, 0.5, 0.0])
+    slope = jax.grad(lambda s: s.log_snr[1])(jax.tree.map(jnp.float32, schedule)).log_alpha_bar
+    np.testing.assert_allclose(slope, [0, 2, 0], rtol=1e-6)  # d log(ᾱ/(1 − ᾱ))/d log ᾱ = 1/(1 − ᾱ)
+    assert schedule.log_snr.tolist() == [np.inf, 0, -np.inf]

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, is_concrete, per_image, root, wide
+from ddim_jax.arrays import (
+    Array,
+    ArrayLike,
+    Denoiser,
+    check_batch,
+    is_concrete,
+    per_image,
+    root,
+    wide,
+)
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.plan import Method
 from ddim_jax.sampling.sampler import sample
