@@ -51,7 +51,7 @@ def wide(x: Array) -> Array:
 
 
 def root(x: Array) -> Array:
-    """√x with gradient 0 at 0, where that of √ is infinite: for norms of differences that vanish."""
+    """√x with gradient 0 at 0, where that of √ is infinite: for norms that may vanish."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
 
 
