@@ -50,6 +50,11 @@ def wide(x: Array) -> Array:
     return x.astype(_wide(x.dtype))
 
 
+def root(x: Array) -> Array:
+    """√x with gradient 0 at 0, where that of √ is infinite: for norms that may vanish."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
+
+
 def call(denoise: Denoiser, x: Array, t: Array, dtype: Any = None) -> Array:
     """denoise(x, t) with x given as `dtype`; the output is checked and cast to x's own dtype."""
     output = denoise(x if dtype is None else x.astype(dtype), t)
