@@ -16,7 +16,7 @@ class Denoiser(Protocol):
     """Anything that maps `(x_t, t)` to ε_θ(x_t, t): `x` (B, ...), `t` (B,) int in 1..T → (B, ...).
 
     A plain function, a closure over Flax or Equinox weights, or an exact denoiser of
-    `ddim_jax.oracle`. Combinators of `ddim_jax.guidance` map denoisers to denoisers.
+    `ddim_jax.process.oracle`. Combinators of `ddim_jax.sampling.guidance` map denoisers to denoisers.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
@@ -48,6 +48,11 @@ def check_batch(x: Array) -> Array:
 def wide(x: Array) -> Array:
     """x in float32 at least: the precision of states and coefficients, whatever a network's is."""
     return x.astype(_wide(x.dtype))
+
+
+def root(x: Array) -> Array:
+    """√x with gradient 0 at 0, where that of √ is infinite: for norms that may vanish."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
 
 
 def call(denoise: Denoiser, x: Array, t: Array, dtype: Any = None) -> Array:

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 
 from ddim_jax.process import PREDICTIONS
+from ddim_jax.sampling import METHODS, find_method
 from ddim_jax.storage.files import portable
 
 SIGMA_HAT = "hat"
 HELP = {
     "steps": "S, the numbers of network calls per image",
-    "eta": f"rows: η of Eq. 16, or {SIGMA_HAT} for σ̂",
+    "eta": f"rows: η of Eq. 16, {SIGMA_HAT} for σ̂, or a method, see `ddim_jax.METHODS`",
     "num_samples": "images in each cell; S=N sets one S apart, as in `500 1000=100`",
     "clip": "clip x̂_0 to [−1, 1] in every row (σ̂'s always is): helps networks trained briefly",
 }
@@ -102,7 +103,7 @@ def _check(args: argparse.Namespace) -> None:
         if type(value) is int and name != "seed" and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if "eta" in args:
-        args.eta = [eta if eta == SIGMA_HAT else f"{noise(eta)['eta']:g}" for eta in args.eta]
+        args.eta = [f"{noise(row)['eta']:g}" if "eta" in noise(row) else row for row in args.eta]
     for name in ("eta", "steps"):
         values = getattr(args, name, [])
         if len(set(values)) < len(values):
@@ -133,22 +134,30 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def noise(eta: str) -> dict[str, Any]:
-    """Options of `generate` for one row: η, or σ̂ with x̂_0 clipped as in the authors' code."""
+    """Options of `generate` for a row: η, σ̂ with x̂_0 clipped as the authors do, or a method."""
     if eta == SIGMA_HAT:
-        return {"eta": 1.0, "use_sigma_hat": True, "clip": True}
+        return {"method": "ddpm-large", "clip": True}
+    if eta in METHODS or ":" in eta:
+        find_method(eta)
+        return {"method": eta}
     try:
         value = float(eta)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise ValueError(f"--eta takes numbers in [0, 1] and {SIGMA_HAT!r}, got {eta!r}")
+        raise ValueError(
+            f"--eta takes numbers in [0, 1], {SIGMA_HAT!r} and methods ({', '.join(METHODS)}, or "
+            f"module:function), got {eta!r}"
+        )
     return {"eta": value}
 
 
 def row_label(eta: str) -> str:
     """ "η = 0.2", "σ̂"."""
-    value = noise(eta)["eta"]
-    return "σ̂" if eta == SIGMA_HAT else f"η = {value:g}"
+    options = noise(eta)
+    if eta == SIGMA_HAT:
+        return "σ̂"
+    return f"η = {options['eta']:g}" if "eta" in options else eta
 
 
 def num_samples(words: Sequence[str], steps: int) -> int:

@@ -28,9 +28,9 @@ from ddim_jax.evaluation import (
     Extractor,
     Reference,
     evaluate,
-    extractors,
     frechet_jackknife,
     moments,
+    parse_extractor,
     reference_statistics,
 )
 from ddim_jax.generation.shards import generate, iter_shards
@@ -71,7 +71,8 @@ class Experiment:
         if args.dtype in (None, model.config.dtype):
             return model
         config = dataclasses.replace(model.config, dtype=args.dtype)
-        return model._replace(config=config, apply_fn=make_apply(config))
+        apply_fn = ddim.predicts(make_apply(config), model.prediction.kind)
+        return model._replace(config=config, apply_fn=apply_fn)
 
     @functools.cached_property
     def data_config(self) -> DataConfig:
@@ -92,15 +93,7 @@ class Experiment:
     @functools.cached_property
     def extractor(self) -> Extractor:
         """What `--extractor` names."""
-        name, _, path = self.args.extractor.partition(":")
-        if name == "pixels" and not path:
-            return extractors.pixels()
-        if name in ("resnet56", "inception") and path:
-            return getattr(extractors, name)(path)
-        raise ValueError(
-            f"--extractor must be pixels, resnet56:PATH or inception:PATH, got "
-            f"{self.args.extractor!r}"
-        )
+        return parse_extractor(self.args.extractor)()
 
     @functools.cached_property
     def reference(self) -> Reference:

@@ -63,15 +63,13 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 def timed(experiment: Experiment, steps: int) -> Cell:
     """Seconds of each repeated run of one batch, η = 0."""
     model, number = experiment.model, experiment.num_samples(steps)
-    sampler = ddim.make_sampler(
-        model.apply_fn, model.schedule, experiment.tau(steps), prediction=model.prediction
-    )
+    sampler = ddim.make_sampler(model, experiment.tau(steps))
     x_T = ddim.initial_noise(jax.random.key(experiment.args.seed), number, model.image_shape)
-    jax.block_until_ready(sampler(model.params, x_T))
+    jax.block_until_ready(sampler(x_T))
     times = []
     for _ in range(experiment.args.repeats):
         began = time.perf_counter()
-        jax.block_until_ready(sampler(model.params, x_T))
+        jax.block_until_ready(sampler(x_T))
         times.append(time.perf_counter() - began)
     return {"shortest": min(times), "median": float(np.median(times)), "all": times,
             "num_samples": number}  # fmt: skip

@@ -68,9 +68,9 @@ def decode(experiment: Experiment) -> np.ndarray:
     weights = jnp.asarray(np.tile(np.linspace(0, 1, args.points), args.paths), x_T.dtype)
     latents = ddim.slerp(a, b, weights)
     tau = experiment.tau(args.steps[0])
-    sampler = ddim.make_sampler(model.apply_fn, model.schedule, tau, prediction=model.prediction)
+    sampler = ddim.make_sampler(model, tau)
     starts = range(0, len(latents), args.batch_size)
-    parts = [sampler(model.params, latents[i : i + args.batch_size]) for i in starts]
+    parts = [sampler(latents[i : i + args.batch_size]) for i in starts]
     images = np.asarray(to_model(np.asarray(to_uint8(jnp.concatenate(parts)))))
     return images.reshape(args.paths, args.points, *model.image_shape)
 

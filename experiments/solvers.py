@@ -102,13 +102,12 @@ class _Bench:
 
     @functools.cache  # noqa: B019 - one bench a process
     def _jitted(self, method: str) -> Callable[..., jax.Array]:
-        solvers: dict[str, Callable[..., jax.Array]] = {"ddim": ddim.sample,
-                                                        "eq15": ddim.pf_euler_sample}  # fmt: skip
-        solver = solvers.get(method) or partial(ddim.multistep_sample, order=int(method[2:]))
+        methods = {"ddim": ddim.ddim(), "eq15": ddim.pf_euler()}
+        chosen = methods.get(method) or ddim.adams_bashforth(int(method[2:]))
 
         def solve(params: Any, x: jax.Array, tau: jax.Array) -> jax.Array:
-            return solver(lambda x, t: self.model.apply_fn(params, x, t), x, self.schedule, tau,
-                          prediction=self.model.prediction)  # fmt: skip
+            denoise = partial(self.model.apply_fn, params)
+            return ddim.sample(denoise, x, self.schedule, tau, method=chosen)
 
         return jax.jit(solve)
 
@@ -136,10 +135,7 @@ class _Bench:
         T = self.schedule.num_steps
         estimate = jax.jit(
             lambda p, x: ddim.step_errors(
-                lambda x, t: self.model.apply_fn(p, x, t),
-                x,
-                self.schedule,
-                prediction=self.model.prediction,
+                partial(self.model.apply_fn, p), x, self.schedule
             )._replace(t=0)
         )
         some = self.latents("choose")[:64]

@@ -101,11 +101,8 @@ def plain(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
     model, tau = experiment.model, experiment.tau(steps)
 
     def errors(params, x, eps_at):  # type: ignore[no-untyped-def]
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            return model.apply_fn(params, x, t)
-
-        decoded = ddim.reconstruct(denoise, x, model.schedule, tau, eps_at=eps_at,
-                                   prediction=model.prediction)  # fmt: skip
+        denoise = partial(model.apply_fn, params)
+        decoded = ddim.reconstruct(denoise, x, model.schedule, tau, eps_at=eps_at)
         return ddim.reconstruction_error(x, decoded)
 
     jitted = jax.jit(errors, static_argnames="eps_at")
@@ -122,13 +119,10 @@ def exact(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
 
     @jax.jit
     def inverted(params, x):  # type: ignore[no-untyped-def]
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            return model.apply_fn(params, x, t)
-
-        inverse = ddim.invert(denoise, x, model.schedule, tau, prediction=model.prediction,
+        denoise = partial(model.apply_fn, params)
+        inverse = ddim.invert(denoise, x, model.schedule, tau,
                               max_iterations=experiment.args.max_iterations)  # fmt: skip
-        decoded = ddim.sample(denoise, inverse.x_T, model.schedule, tau,
-                              prediction=model.prediction)  # fmt: skip
+        decoded = ddim.sample(denoise, inverse.x_T, model.schedule, tau)
         return inverse, ddim.reconstruction_error(x, decoded)
 
     with warnings.catch_warnings():

@@ -102,7 +102,7 @@ def test_the_weights_of_eq_19_in_float64(case):
     assert limit.dtype == np.float64
     np.testing.assert_allclose(limit, sigma_max(a, t, s), rtol=1e-9, atol=1e-15)
     sigma = fraction * limit
-    c = categorical._math.coefficients(schedule, t, s, sigma=sigma)
+    c = categorical.mixing.coefficients(schedule, t, s, sigma=sigma)
     want = (sigma, a[s] - sigma * a[t], (1 - a[s]) - (1 - a[t]) * sigma)
     np.testing.assert_allclose((c.x_t, c.x_0, c.uniform), want, atol=1e-12)
     assert min(c.x_t, c.x_0, c.uniform) >= 0
@@ -322,7 +322,7 @@ X = np.zeros(2, int)
         (
             lambda: categorical.initial(jax.random.key(0), [-1], (), 3),
             ValueError,
-            "indices must be >= 0",
+            r"0\.\.2\*\*32 - 1, got -1",
         ),
         (
             lambda: categorical.initial(jax.random.key(0), [[1]], (), 3),
@@ -330,8 +330,27 @@ X = np.zeros(2, int)
             "vector",
         ),
         (lambda: categorical.initial(jax.random.key(0), 2, (), 1), ValueError, "at least 2"),
+        (
+            lambda: categorical.initial(jax.random.key(0), np.array([2**32 + 5]), (), 3),
+            ValueError,
+            "take another key",
+        ),
+        (lambda: categorical.initial(None, 2, (), 3), TypeError, "must be one JAX key"),
     ],
 )
 def test_bad_input_raises(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("edge", [0.0, 1.0])
+def test_the_derivative_by_eta_at_its_edges(edge):
+    """p is linear in η, so d log p/dη = (p₁ − p₀)/p wherever p > 0."""
+    known = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+
+    def log_p(eta):
+        return categorical.posterior(SCHEDULE, jnp.array([2]), known, 8, 5, eta)
+
+    p_0, p_1 = jnp.exp(log_p(0.0)), jnp.exp(log_p(1.0))
+    _, slope = jax.jvp(log_p, (edge,), (1.0,))
+    np.testing.assert_allclose(slope, (p_1 - p_0) / (p_0, p_1)[int(edge)], rtol=1e-4)

@@ -149,12 +149,13 @@ def test_half_precision_weights_become_float32(tmp_path, tiny):
     ("scheduler", "schedule", "prediction"),
     [
         ({"_class_name": "DDPMScheduler"}, ScheduleConfig(), "eps"),
-        ({"_class_name": "PNDMScheduler", "num_train_timesteps": 50}, ScheduleConfig("linear", 50),
+        ({"_class_name": "PNDMScheduler", "num_train_timesteps": 500},
+         ScheduleConfig("linear", 500),
          "eps"),
         (
             {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",
              "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"},
-            ScheduleConfig("scaled_linear", 1000, 0.00085, 0.012),
+            ScheduleConfig("scaled_linear"),
             "v",
         ),
         (

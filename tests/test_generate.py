@@ -35,13 +35,14 @@ def linear(params, x, t, labels=None):
     return params["w"] * x + shift
 
 
+SCHEDULE = ddim.schedule_from_betas(np.linspace(0.01, 0.3, 20))
+
+
 def toy(apply_fn=linear, w=0.25, num_classes=None):
     config = UNetConfig(
         4, 1, 32, (1,), attention_resolutions=(), num_blocks=1, num_classes=num_classes
     )
-    return ddim.Model(
-        apply_fn, {"w": jnp.float32(w)}, ddim.linear_schedule(20, 0.01, 0.3), config, {}
-    )
+    return ddim.Model(apply_fn, {"w": jnp.float32(w)}, SCHEDULE, config, {})
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_one_class_and_guidance(draw):
             return 0.25 * x + shift / 10
 
         tau = [4, 8, 12, 16, 20]
-        return to_uint8(ddim.sample(denoise, x_T(21), ddim.linear_schedule(20, 0.01, 0.3), tau))
+        return to_uint8(ddim.sample(denoise, x_T(21), SCHEDULE, tau))
 
     model = toy(network, num_classes=3)
     for guidance, shift in [(None, 2), (1.0, 2), (0.0, 3), (2.5, 0.5)]:
@@ -528,7 +529,7 @@ def test_a_damaged_shard_is_named_and_not_overwritten(draw, kind):
         ({"num_images": 40, "eta": 0.5}, "eta: saved 0.0, now 0.5"),
         ({"shard_size": 8}, "shard_size: saved 4, now 8"),
         ({"model": toy(w=0.3)}, "sha256: saved '.*', now '"),
-        ({"model": toy()._replace(schedule=ddim.linear_schedule(20))}, "sha256: saved"),
+        ({"model": toy()._replace(schedule=ddim.cosine_schedule(20))}, "sha256: saved"),
         ({"model": toy()._replace(facts={"preset": "x"})}, "model.preset: saved nothing, now 'x'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",

@@ -153,3 +153,37 @@ A = jnp.ones((2, 3))
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_slerp_of_large_low_precision_latents(dtype):
+    """‖x‖² of 256×256×3 numbers is 2e5, beyond float16."""
+    a, b = (latents(seed, (2, 256, 256, 3)).astype(dtype) for seed in (0, 1))
+    wide = slerp(a.astype(jnp.float32), b.astype(jnp.float32), 0.3)
+    for f in (slerp, jax.jit(slerp)):
+        got = f(a, b, 0.3)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype(jnp.float32), wide, rtol=8e-3, atol=1e-3)
+    grid = spherical_grid(jnp.concatenate([a, b])[:, :8], 2, 3)
+    assert grid.dtype == dtype
+    assert np.isfinite(np.asarray(grid, np.float32)).all()
+
+
+def test_slerp_has_the_derivative_of_a_straight_line_at_equal_latents():
+    a, v = latents(0, (2, 5)), latents(1, (2, 5))
+    for weight in (0.0, 0.25, 1.0):
+        _, tangent = jax.jvp(lambda b, w=weight: slerp(a, b, w), (a,), (v,))
+        np.testing.assert_allclose(tangent, weight * v, atol=1e-6)
+        assert np.isfinite(jax.grad(lambda b, w=weight: slerp(a, b, w).sum())(a)).all()
+    path = jax.jvp(lambda w: slerp(a, v, w), (0.0,), (1.0,))[1]
+    np.testing.assert_allclose(path, (slerp(a, v, 1e-2) - a) / 1e-2, atol=0.05)
+
+
+def test_dynamic_threshold_in_low_precision_and_at_its_bound():
+    x = latents(2, (2, 64)).astype(jnp.bfloat16)
+    threshold = ddim.dynamic_threshold(0.9)
+    wide = threshold(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(threshold(x), wide)
+    at_bound = jnp.array([[1.0, -1.0, 0.0]])
+    for f in (threshold, ddim.clip_x0(1.0)):
+        assert np.isfinite(jax.grad(lambda x, f=f: f(x).sum())(at_bound)).all()

@@ -195,7 +195,7 @@ def test_what_changes_rounding_alone_may_change_on_resuming_and_is_said(tmp_path
 
 
 OBLONG = UNetConfig((4, 8), 1, 32, (1,), num_blocks=1, attention_resolutions=())
-TEN = ScheduleConfig("linear", 10)
+TEN = ScheduleConfig("cosine", 10)
 
 
 def oblong(directory, config=OBLONG, facts=None, shape=(4, 8, 1), schedule=TEN, **options):

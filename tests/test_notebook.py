@@ -62,6 +62,7 @@ def ran():
     return types.SimpleNamespace(**names), printed, sliders
 
 
+@pytest.mark.slow
 def test_digits_are_those_of_the_model(ran):
     v, _, _ = ran
     assert v.digits.shape == (64, 8, 8, 1)
@@ -72,6 +73,7 @@ def test_digits_are_those_of_the_model(ran):
     assert np.mean(np.abs(np.abs(v.digits) - 1) < 0.2) > 0.5  # ink or paper, not noise
 
 
+@pytest.mark.slow
 def test_weights_from_the_file_draw_the_same(ran):
     v, printed, _ = ran
     assert v.loaded.params is not v.model.params
@@ -79,6 +81,7 @@ def test_weights_from_the_file_draw_the_same(ran):
     assert "True" in printed["weights"]
 
 
+@pytest.mark.slow
 def test_eta_and_steps_act(ran):
     """η = 0 depends little on S; noise changes the digits; the sliders' function draws the same."""
     v, printed, sliders = ran
@@ -98,6 +101,7 @@ def test_eta_and_steps_act(ran):
     assert "ipywidgets" in printed["no sliders"]
 
 
+@pytest.mark.slow
 def test_trajectory_goes_from_noise_to_digits(ran):
     v, _, _ = ran
     assert v.path.x_t.shape == v.path.x_0.shape == (50, 16, 8, 8, 1)
@@ -109,6 +113,7 @@ def test_trajectory_goes_from_noise_to_digits(ran):
         assert movie.n_frames == 51
 
 
+@pytest.mark.slow
 def test_interpolation_ends_at_its_ends(ran):
     v, _, _ = ran
     assert np.isfinite(v.rows).all()
@@ -121,6 +126,7 @@ def test_interpolation_ends_at_its_ends(ran):
     assert jnp.abs(rows[:, 4] - rows[:, 0]).mean() > 0.05
 
 
+@pytest.mark.slow
 def test_reconstruction_error_falls_with_steps(ran):
     v, _, _ = ran
     assert float(v.x_0.min()) == -1
@@ -131,6 +137,7 @@ def test_reconstruction_error_falls_with_steps(ran):
     assert errors[0] == pytest.approx(by_hand, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_exact_inverse_decodes_to_the_data(ran):
     v, _, _ = ran
     converged = np.asarray(v.inverse.converged)
@@ -142,6 +149,7 @@ def test_exact_inverse_decodes_to_the_data(ran):
     assert np.median(error) < 0.1 * np.median(v.plain)
 
 
+@pytest.mark.slow
 def test_stored_outputs_are_those_of_this_code(ran):
     """Numbers printed when the notebook was stored and now, but for times and for chance."""
     _, printed, _ = ran

@@ -43,7 +43,7 @@ def test_times_are_uniform_in_one_to_t(key):
         seen.append(t)
         return x
 
-    ddim.loss(network, ddim.linear_schedule(5), jnp.zeros((50_000, 1)), key)
+    ddim.loss(network, ddim.cosine_schedule(5), jnp.zeros((50_000, 1)), key)
     counts = np.bincount(seen[0], minlength=6)
     assert counts[0] == 0
     assert np.abs(counts[1:] - 10_000).max() < 4.5 * np.sqrt(10_000 * 0.8)
@@ -94,3 +94,19 @@ def test_bad_input(key):
         ddim.loss(lambda x, t: x[:1], SCHEDULE, x, key)
     with pytest.raises(ValueError, match="'w'"):
         ddim.loss(ddim.predicts(exact, "w"), SCHEDULE, x, key)
+
+
+def test_a_bfloat16_network_is_judged_in_float32():
+    x_0 = jax.random.normal(jax.random.key(1), (64, 8))
+    seen = []
+
+    def network(x, t):
+        seen.append(x.dtype)
+        return x / 2
+
+    low, high = (
+        ddim.loss(network, SCHEDULE, x.astype(dtype), jax.random.key(0))
+        for x, dtype in ((x_0, jnp.bfloat16), (x_0, jnp.float32))
+    )
+    assert seen == [jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(low, high, rtol=2e-3)

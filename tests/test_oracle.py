@@ -244,3 +244,24 @@ X, STEPS = jnp.ones((2, 3)), jnp.array([1, 2])
 def test_bad_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_slopes_at_the_edges():
+    """At t = 1 and T, on a component and where components coincide: those of the density."""
+    means = jnp.array([[0.5, 0.0], [0.5, 0.0], [-1.0, 0.3]])
+    for t in (1, T):
+        x = float(SCHEDULE.alpha_bar[t]) ** 0.5 * means[:1]
+        for denoise in (oracle.mixture(SCHEDULE, means, 0.2), oracle.empirical(SCHEDULE, means)):
+            f = lambda x, d=denoise, t=t: d(x, jnp.array([t]))  # noqa: E731
+            h = 1e-2 * float(1 - SCHEDULE.alpha_bar[t]) ** 0.5
+            v = jnp.array([[1.0, -0.5]])
+            slope, plain = jax.jvp(f, (x,), (v,))[1], (f(x + h * v) - f(x - h * v)) / (2 * h)
+            np.testing.assert_allclose(slope, plain, rtol=2e-2, atol=1e-2)
+
+
+def test_bfloat16_is_the_float32_result_rounded():
+    x = jax.random.normal(jax.random.key(0), (3, 4)).astype(jnp.bfloat16)
+    t, means = jnp.array([1, 300, 1000]), jax.random.normal(jax.random.key(1), (5, 4))
+    for denoise in (oracle.gaussian(SCHEDULE, 0.5, 0.1), oracle.mixture(SCHEDULE, means, 0.1)):
+        wide = denoise(x.astype(jnp.float32), t).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(denoise(x, t), wide)

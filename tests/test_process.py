@@ -17,9 +17,10 @@ def schedules(draw):
     kind = draw(st.sampled_from(["linear", "scaled", "cosine", "betas"]))
     num_steps = draw(st.integers(2, 300))
     if kind == "linear":
-        return ddim.linear_schedule(num_steps, 1e-4, draw(st.floats(2e-4, 0.3)))
+        end = draw(st.floats(2e-4, 0.3))
+        return ddim.schedule_from_betas(np.linspace(1e-4, end, num_steps))
     if kind == "scaled":
-        return ddim.scaled_linear_schedule(num_steps)
+        return ddim.schedule_from_betas(np.linspace(0.00085**0.5, 0.012**0.5, num_steps) ** 2)
     if kind == "cosine":
         return ddim.cosine_schedule(num_steps)
     betas = draw(st.lists(st.floats(1e-5, 0.9), min_size=2, max_size=30))

@@ -1,3 +1,7 @@
+import dataclasses
+import json
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +37,9 @@ def test_cosine_follows_its_definition_until_the_cap():
 
 @given(st.integers(2, 2000), st.floats(1e-5, 1e-2), st.floats(1.0, 50.0))
 def test_any_linear_schedule_decreases_from_one(num_steps, start, ratio):
-    schedule = ddim.linear_schedule(num_steps, start, min(start * ratio, 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of those that do not reach noise
+        schedule = ddim.linear_schedule(num_steps, start, min(start * ratio, 0.5))
     a = schedule.alpha_bar
     assert a[0] == 1
     assert (np.diff(a) < 0).all()
@@ -64,7 +70,7 @@ def test_float32_argument_keeps_precision_near_zero():
 
 
 def test_is_a_pytree():
-    schedule = ddim.linear_schedule(10)
+    schedule = ddim.cosine_schedule(10)
     assert [leaf.shape for leaf in jax.tree.leaves(schedule)] == [(11,)]
     copy = jax.tree.map(lambda leaf: leaf, schedule)
     assert copy.num_steps == 10
@@ -88,8 +94,12 @@ def test_is_a_pytree():
         (lambda: ddim.schedule_from_alpha_bar([1.0, float("nan")]), r"alpha_bar\[1\] = nan"),
         (lambda: ddim.schedule_from_alpha_bar([1.0]), "T >= 1"),
         (lambda: ddim.cosine_schedule(10, max_beta=1.5), "max_beta"),
+        (lambda: ddim.linear_schedule(20, rescale_betas=True), "stay below 1: take more than 20"),
+        (lambda: ddim.scaled_linear_schedule(9, rescale_betas=True), "stay below 1"),
+        (lambda: ddim.ScheduleConfig("cosine", beta_end=0.02).build(), "cosine .* has no betas"),
+        (lambda: ddim.ScheduleConfig("cosine", rescale_betas=True).build(), "has no betas"),
         (lambda: ddim.ScheduleConfig("cubic").build(), "unknown schedule kind 'cubic'; choose lin"),
-        (lambda: ddim.rescale_zero_terminal_snr(ddim.linear_schedule(1)), "T >= 2"),
+        (lambda: ddim.rescale_zero_terminal_snr(ddim.cosine_schedule(1)), "T >= 2"),
     ],
 )
 def test_bad_input(make, says):
@@ -100,3 +110,95 @@ def test_bad_input(make, says):
 def test_traced_betas_are_refused():
     with pytest.raises(TypeError, match="outside jit"):
         jax.jit(lambda b: ddim.schedule_from_betas(b).log_alpha_bar)(jnp.full((3,), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ddim.linear_schedule(100), "0.364.*rescale_betas=True"),
+        (lambda: ddim.scaled_linear_schedule(100), "0.584.*rescale_betas=True"),
+        (lambda: ddim.cosine_schedule(1000, max_beta=0.001), "0.404.*max_beta"),
+        (lambda: ddim.ScheduleConfig("linear", 100).build(), "0.364.*rescale_betas=True"),
+    ],
+)
+def test_a_schedule_that_never_reaches_noise_says_so(make, says):
+    with pytest.warns(UserWarning, match=f"alpha_bar_T = {says}"):
+        make()
+
+
+def test_the_warning_is_right_and_rescaled_betas_mend_what_it_says():
+    """Exact denoiser of N(0.8, 0.01): the mean of the samples, for T = 100."""
+    x_T = ddim.initial_noise(jax.random.key(0), 500, (1,))
+
+    def draw(schedule):
+        exact = ddim.oracle.gaussian(schedule, 0.8, 0.01)
+        return ddim.sample(exact, x_T, schedule, ddim.timesteps(100, 50))
+
+    with pytest.warns(UserWarning, match="never reaches noise"):
+        assert abs(draw(ddim.linear_schedule(100)).mean() - 0.8) > 0.04
+    x_0 = draw(ddim.ScheduleConfig("linear", 100, rescale_betas=True).build())
+    assert abs(x_0.mean() - 0.8) < 0.02
+
+
+def test_one_definition_of_each_kind():
+    for kind, schedule in {
+        "linear": ddim.linear_schedule(),
+        "scaled_linear": ddim.scaled_linear_schedule(),
+        "cosine": ddim.cosine_schedule(),
+    }.items():
+        built = ddim.ScheduleConfig(kind).build()
+        np.testing.assert_array_equal(built.log_alpha_bar, schedule.log_alpha_bar)
+
+
+OLD_BETAS = {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+
+
+def test_facts_of_older_files_mean_the_same_schedule():
+    made = {
+        "linear": ddim.linear_schedule(1000, 1e-4, 0.02),
+        "scaled_linear": ddim.scaled_linear_schedule(1000, 1e-4, 0.02),
+        "cosine": ddim.cosine_schedule(1000),  # its betas were stored and never used
+    }
+    for kind, schedule in made.items():
+        old = {"kind": kind, **OLD_BETAS}
+        config = ddim.ScheduleConfig.from_facts(old)
+        np.testing.assert_array_equal(config.build().log_alpha_bar, schedule.log_alpha_bar)
+        assert config.facts() == old  # so that a run can be resumed
+    with pytest.raises(ValueError, match="has no betas"):
+        ddim.ScheduleConfig.from_facts({"kind": "cosine", **OLD_BETAS, "beta_end": 0.5}).build()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ddim.ScheduleConfig(),
+        ddim.ScheduleConfig("scaled_linear", 50, beta_end=0.3),
+        ddim.ScheduleConfig("cosine", 10),
+        ddim.ScheduleConfig("linear", 200, rescale_betas=True),
+    ],
+)
+def test_facts_round_trip(config):
+    back = ddim.ScheduleConfig.from_facts(json.loads(json.dumps(config.facts())))
+    np.testing.assert_array_equal(back.build().log_alpha_bar, config.build().log_alpha_bar)
+    assert back == dataclasses.replace(config, beta_start=back.beta_start, beta_end=back.beta_end)
+
+
+def test_repr_is_short_whatever_the_leaf():
+    schedule = ddim.linear_schedule(1000)
+    assert repr(schedule) == "Schedule(num_steps=1000, alpha_bar_T=4.04e-05)"
+    assert repr(ddim.rescale_zero_terminal_snr(schedule)).endswith("alpha_bar_T=0)")
+    seen = []
+    jax.make_jaxpr(lambda s: seen.append(repr(s)))(schedule)
+    assert seen == ["Schedule(num_steps=1000, alpha_bar_T=traced)"]
+    for change in (lambda _: None, np.shape, lambda leaf: leaf[:0], lambda leaf: leaf[0], type):
+        assert len(repr(jax.tree.map(change, schedule))) < 100
+    assert (
+        len(repr(jax.vmap(lambda s: s)(jax.tree.map(lambda v: jnp.ones((2, 9)), schedule)))) < 200
+    )
+
+
+def test_log_snr_has_its_gradient_although_infinite_at_zero():
+    schedule = ddim.schedule_from_alpha_bar([1.0, 0.5, 0.0])
+    slope = jax.grad(lambda s: s.log_snr[1])(jax.tree.map(jnp.float32, schedule)).log_alpha_bar
+    np.testing.assert_allclose(slope, [0, 2, 0], rtol=1e-6)  # d log(ᾱ/(1 − ᾱ))/d log ᾱ = 1/(1 − ᾱ)
+    assert schedule.log_snr.tolist() == [np.inf, 0, -np.inf]

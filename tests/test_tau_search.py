@@ -185,3 +185,17 @@ def refine(tau=(1, 2), x_0=X_T, sweeps=1, sampler=lambda x, tau: x):
 def test_bad_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_step_errors_of_bfloat16_latents_and_their_gradient_where_nothing_is_wrong():
+    x_T = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2)), jnp.bfloat16)
+    low, high = (
+        ddim.step_errors(DENOISE, x, SCHEDULE, [10, 40]) for x in (x_T, x_T.astype(jnp.float32))
+    )
+    assert low.error.dtype == jnp.float32
+    np.testing.assert_allclose(low.error, high.error, rtol=0.05, atol=0.02)
+
+    def start(x):  # at T there is no error
+        return ddim.step_errors(DENOISE, x, SCHEDULE, [40]).start.sum()
+
+    assert np.isfinite(jax.grad(start)(x_T.astype(jnp.float32))).all()

@@ -25,7 +25,7 @@ def test_every_s_gives_exactly_s_increasing_steps(spacing, num_steps):
 @given(st.integers(1, 400), st.data(), st.booleans())
 def test_log_snr_for_every_s(num_steps, data, zero_terminal):
     s = data.draw(st.integers(1, num_steps))
-    schedule = ddim.linear_schedule(num_steps)
+    schedule = ddim.schedule_from_betas(np.linspace(1e-4, 0.02, num_steps))
     if zero_terminal and num_steps > 1:
         schedule = ddim.rescale_zero_terminal_snr(schedule)
     tau = ddim.timesteps(num_steps, s, "logsnr", schedule=schedule)
@@ -100,7 +100,7 @@ def test_single_steps_start_from_noise():
         (lambda: ddim.timesteps(10, 2, "cubic"), ValueError, "unknown spacing 'cubic'.*quadratic"),
         (lambda: ddim.timesteps(10, 2, "logsnr"), ValueError, "needs schedule"),
         (
-            lambda: ddim.timesteps(10, 2, "logsnr", schedule=ddim.linear_schedule(20)),
+            lambda: ddim.timesteps(10, 2, "logsnr", schedule=ddim.cosine_schedule(20)),
             ValueError,
             "schedule.num_steps is 20",
         ),

@@ -6,10 +6,10 @@ import numpy as np
 
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import UNetConfig
-from ddim_jax.process.schedule import linear_schedule
+from ddim_jax.process.schedule import schedule_from_betas
 from ddim_jax.training.step import TrainConfig
 
-SCHEDULE = linear_schedule(10, 0.01, 0.3)
+SCHEDULE = schedule_from_betas(np.linspace(0.01, 0.3, 10))
 UNET = UNetConfig(
     image_size=8,
     channels=32,

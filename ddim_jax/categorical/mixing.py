@@ -1,4 +1,4 @@
-"""The arithmetic and the checks beneath `categorical.py`: kernels of Appendix A in log-space."""
+"""The arithmetic and the checks beneath `categorical`: kernels of Appendix A in log-space."""
 
 from __future__ import annotations
 
@@ -49,32 +49,37 @@ def coefficients(
 
 def mixture(c: Coefficients, x_t: Array, log_x_0: Array) -> Array:
     """(1−η) Eq. 19 + η ancestral; linear in x_0, so that a distribution of x_0 is summed over."""
-    eta = per_image(c.eta, log_x_0)
     stay_or_uniform = mix(one_hot(x_t, log_x_0), c.x_t, c.uniform)
-    family = _log_add(stay_or_uniform, jnp.log(per_image(c.x_0, log_x_0)) + log_x_0)
-    return _log_add(jnp.log1p(-eta) + family, jnp.log(eta) + ancestral(c, x_t, log_x_0))
+    family = _log_add(1.0, stay_or_uniform, c.x_0, log_x_0)
+    return _log_add(1.0 - c.eta, family, c.eta, ancestral(c, x_t, log_x_0))
 
 
 def ancestral(c: Coefficients, x_t: Array, log_x_0: Array) -> Array:
     """q(x_t|x_s) Σ_{x_0} q(x_s|x_0) f(x_0)/q(x_t|x_0)."""
     at_x_t = one_hot(x_t, log_x_0)
     ratio = log_x_0 - mix(at_x_t, *c.marginal_t)  # q(x_t|x_0) is symmetric in x_t and x_0
-    alpha_bar_s, noise_s = (per_image(w, log_x_0) for w in c.marginal_s)
     total = jax.nn.logsumexp(ratio, axis=-1, keepdims=True) - np.log(log_x_0.shape[-1])
-    likelihood = mix(at_x_t, *c.transition)
-    return likelihood + _log_add(jnp.log(alpha_bar_s) + ratio, jnp.log(noise_s) + total)
+    alpha_bar_s, noise_s = c.marginal_s
+    return mix(at_x_t, *c.transition) + _log_add(alpha_bar_s, ratio, noise_s, total)
 
 
 def mix(log_x: Array, weight: Any, noise: Any) -> Array:
     """log(weight·x + noise/K 1)."""
-    weight, noise = per_image(weight, log_x), per_image(noise, log_x)
-    return _log_add(jnp.log(weight) + log_x, jnp.log(noise) - np.log(log_x.shape[-1]))
+    return _log_add(weight, log_x, noise, jnp.full_like(log_x, -np.log(log_x.shape[-1])))
 
 
-def _log_add(a: Array, b: Array) -> Array:
-    """log(eᵃ + eᵇ), with gradient 0 instead of NaN where both are −inf."""
-    zero = jnp.maximum(a, b) == -jnp.inf
-    return jnp.where(zero, -jnp.inf, jnp.logaddexp(jnp.where(zero, 0, a), b))
+def _log_add(weight_a: Any, a: Array, weight_b: Any, b: Array) -> Array:
+    """log(w_a eᵃ + w_b eᵇ), with its gradient at w = 0 too; 0 where both terms vanish.
+
+    The weights multiply outside of the logarithm, whose slope at 0 is infinite. A term of weight
+    0 that outweighs the other by e⁸⁰ or more counts as e⁸⁰ in the slope.
+    """
+    w_a, w_b = per_image(weight_a, a), per_image(weight_b, a)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.log(w_a) + a, jnp.log(w_b) + b))
+    zero = top == -jnp.inf
+    top = jnp.where(zero, 0, top)
+    total = w_a * jnp.exp(jnp.minimum(a - top, 80)) + w_b * jnp.exp(jnp.minimum(b - top, 80))
+    return jnp.where(zero, -jnp.inf, top + jnp.log(jnp.where(zero, 1, total)))
 
 
 def one_hot(x: Array, like: Array) -> Array:
@@ -102,17 +107,6 @@ def as_float(x: ArrayLike) -> Array:
 
 def fold_in(keys: Array, t: ArrayLike) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-
-
-def example_keys(key: Array, indices: ArrayLike) -> Array:
-    """One key per example: fold_in(key, its global number)."""
-    numbers = np.arange(indices) if isinstance(indices, int | np.integer) else indices
-    check_integers("indices", numbers)
-    if np.ndim(numbers) != 1:
-        raise ValueError(f"indices must be an int or a vector (B,), got shape {np.shape(numbers)}")
-    if is_concrete(numbers) and np.any(np.asarray(numbers) < 0):
-        raise ValueError(f"indices must be >= 0, got {np.min(numbers)}")
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(numbers))
 
 
 def check_num_categories(num_categories: int) -> None:

@@ -12,15 +12,9 @@ from tqdm import tqdm
 
 from ddim_jax.cli.options import check_writable
 from ddim_jax.evaluation import evaluate as measure
-from ddim_jax.evaluation import extractors, reference_statistics
+from ddim_jax.evaluation import parse_extractor, reference_statistics
 from ddim_jax.generation.shards import iter_shards, read_settings
 from ddim_jax.training.presets import DataConfig
-
-EXTRACTORS = {
-    "pixels": lambda _: extractors.pixels(),
-    "resnet56": extractors.resnet56,
-    "inception": extractors.inception,
-}
 
 
 def evaluate(
@@ -47,11 +41,7 @@ def evaluate(
       reference: file of the data set's statistics, made if missing; by default beside `images`.
       blocks: of the jackknife behind the standard error; 0 for none, which is faster.
     """
-    kind, _, path = extractor.partition(":")
-    if kind not in EXTRACTORS or (kind != "pixels") != bool(path):
-        raise ValueError(
-            f"extractor must be pixels, resnet56:FILE or inception:FILE, got {extractor}"
-        )
+    make, kind = parse_extractor(extractor), extractor.partition(":")[0]
     settings = read_settings(images)
     number, shape = settings["num_images"], tuple(settings["image_shape"])
     if blocks and not 2 <= blocks <= number // 2:
@@ -68,7 +58,7 @@ def evaluate(
             f"{images} holds images {shape}, {data} {dataset.image_shape}: name the data that the "
             "model learned from, with --crop and --resize as in training"
         )
-    features = EXTRACTORS[kind](path)
+    features = make()
     statistics = reference_statistics(file, dataset, features, progress=True)
     print(measure(_shown(shards, number), statistics, features, blocks=blocks, progress=True))
 

@@ -1,7 +1,7 @@
 """Measuring how close samples are to data: distances, precision and recall, and their names."""
 
 from ddim_jax.evaluation import extractors
-from ddim_jax.evaluation.extractors import Extractor, features
+from ddim_jax.evaluation.extractors import Extractor, features, parse_extractor
 from ddim_jax.evaluation.figures import Evaluation, Figure, evaluate
 from ddim_jax.evaluation.frechet import (
     Moments,
@@ -35,6 +35,7 @@ __all__ = [
     "load_moments",
     "load_reference",
     "moments",
+    "parse_extractor",
     "precision_recall",
     "reference_statistics",
     "resumable_moments",

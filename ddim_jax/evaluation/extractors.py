@@ -5,6 +5,7 @@ The name of every figure comes from here: "FID" and "KID" belong to one file of 
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -95,7 +96,7 @@ def _rebatch(shards: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         if shard.dtype != np.uint8:
             raise TypeError(
                 f"images must be uint8 in 0..255, got {shard.dtype}; turn images in [-1, 1] into "
-                "pixels with ddim_jax.images.to_uint8"
+                "pixels with ddim_jax.pictures.images.to_uint8"
             )
         if shard.ndim != 4 or 0 in shard.shape[1:]:
             raise ValueError(f"images must be (n, H, W, C), got {shard.shape}")
@@ -190,3 +191,41 @@ def _marked(
             f"{known}. If that is meant, pass allow_unknown=True; figures are then named after it"
         )
     return f"{name}-{digest[:8]}"
+
+
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {
+    "pixels": pixels,
+    "resnet56": resnet56,
+    "inception": inception,
+}
+
+
+def parse_extractor(text: str) -> Callable[[], Extractor]:
+    """What `--extractor` names, to be made when it is needed: checked before any long work.
+
+    Args:
+      text: "pixels", "resnet56:FILE", "inception:FILE", or "module:function", called with nothing.
+
+    Returns:
+      () → `Extractor`.
+
+    Raises:
+      ValueError: the name is unknown, or a file is missing from it or too many.
+      ModuleNotFoundError: there is no such module.
+
+    Example:
+      >>> parse_extractor("pixels")().name
+      'pixels'
+    """
+    name, _, rest = text.partition(":")
+    if name in EXTRACTORS and (name == "pixels") != bool(rest):
+        return partial(EXTRACTORS[name], *([rest] if rest else []))
+    if name in EXTRACTORS or not rest:
+        raise ValueError(
+            "extractor must be pixels, resnet56:FILE, inception:FILE or module:function, got "
+            f"{text!r}"
+        )
+    try:
+        return getattr(importlib.import_module(name), rest)
+    except AttributeError as error:
+        raise ValueError(f"module {name} has no extractor {rest!r}") from error

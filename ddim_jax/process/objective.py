@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, normal
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, image_keys, normal, wide
 from ddim_jax.process.gaussian import coefficients, forward_marginal
 from ddim_jax.process.prediction import from_x0_eps, prediction_of
 from ddim_jax.process.schedule import Schedule
@@ -60,11 +60,12 @@ def loss(
             f"gamma must have shape (T+1,) = ({schedule.num_steps + 1},), got {np.shape(gamma)}"
         )
     numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
-    keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(key, k)))(numbers)
+    keys = jax.vmap(jax.random.split)(image_keys(key, numbers))
     t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1))(keys[:, 0])
+    dtype, x_0 = x_0.dtype, wide(x_0)
     draw: Callable[[Array], Array] = lambda k: normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731
     noise = jax.vmap(draw)(keys[:, 1])
-    output = call(denoise, forward_marginal(schedule, x_0, t, noise), t)
+    output = call(denoise, forward_marginal(schedule, x_0, t, noise), t, dtype)
     kind, target = prediction_of(denoise).kind, noise
     if kind != "eps":
         target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, kind)

@@ -7,13 +7,18 @@ writes α_t for it, Ho et al. (2020) write ᾱ_t.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, is_concrete
+
+BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}  # each kind's β₁ and β_T
+MOST_SIGNAL = 0.02  # of ᾱ_T, above which samples started from N(0, I) are visibly wrong
 
 
 @jax.tree_util.register_dataclass
@@ -33,11 +38,20 @@ class Schedule:
     Example:
       >>> import ddim_jax as ddim
       >>> schedule = ddim.linear_schedule(1000)
-      >>> schedule.num_steps, schedule.alpha_bar.shape, float(schedule.alpha_bar[0])
-      (1000, (1001,), 1.0)
+      >>> schedule
+      Schedule(num_steps=1000, alpha_bar_T=4.04e-05)
+      >>> schedule.alpha_bar.shape, float(schedule.alpha_bar[0])
+      ((1001,), 1.0)
     """
 
     log_alpha_bar: np.ndarray | Array
+
+    def __repr__(self) -> str:
+        leaf = self.log_alpha_bar
+        if not isinstance(leaf, np.ndarray | jax.Array) or leaf.ndim != 1 or leaf.size == 0:
+            return f"Schedule({leaf!r})"  # what jax.tree.map may put there
+        end = f"{np.exp(float(leaf[-1])):.3g}" if is_concrete(leaf) else "traced"
+        return f"Schedule(num_steps={self.num_steps}, alpha_bar_T={end})"
 
     @property
     def num_steps(self) -> int:
@@ -54,8 +68,9 @@ class Schedule:
     def log_snr(self) -> np.ndarray | Array:
         """(T+1,) log ᾱ_t/(1 − ᾱ_t): +inf at t = 0."""
         xp = jnp if isinstance(self.log_alpha_bar, jax.Array) else np
-        with np.errstate(divide="ignore"):
-            return self.log_alpha_bar - xp.log(-xp.expm1(self.log_alpha_bar))
+        noisy = self.log_alpha_bar < 0  # twice, or the gradient of every entry is NaN at t = 0
+        log_alpha_bar = xp.where(noisy, self.log_alpha_bar, -1)
+        return xp.where(noisy, log_alpha_bar - xp.log(-xp.expm1(log_alpha_bar)), np.inf)
 
 
 def schedule_from_betas(betas: ArrayLike) -> Schedule:
@@ -127,44 +142,62 @@ def schedule_from_alpha_bar(alpha_bar: ArrayLike) -> Schedule:
 
 
 def linear_schedule(
-    num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    num_steps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    *,
+    rescale_betas: bool = False,
 ) -> Schedule:
     """β_t linear in t, the schedule of Ho et al. (2020, §4) and of all of the DDIM paper.
+
+    These β are made for T = 1000; with a smaller T they leave signal at T, where samplers start
+    from N(0, I). `rescale_betas` multiplies them by 1000/T, so that ᾱ_T is about that of T = 1000.
 
     Args:
       num_steps: T ≥ 1.
       beta_start: β₁ in (0, 1).
       beta_end: β_T in (0, 1), not below beta_start.
+      rescale_betas: multiply all β by 1000/T.
 
     Returns:
       A `Schedule`.
 
     Raises:
-      ValueError: a value is out of range.
+      ValueError: a value is out of range, if so after the multiplication.
+
+    Warns:
+      UserWarning: ᾱ_T is above 0.02: samples that start from N(0, I) will be wrong.
 
     Example:
       >>> import ddim_jax as ddim
-      >>> f"{ddim.linear_schedule(1000).alpha_bar[1000]:.4e}"
-      '4.0358e-05'
+      >>> ddim.linear_schedule(1000)
+      Schedule(num_steps=1000, alpha_bar_T=4.04e-05)
+      >>> ddim.linear_schedule(100, rescale_betas=True)
+      Schedule(num_steps=100, alpha_bar_T=2.04e-05)
     """
-    _check_range(num_steps, beta_start, beta_end)
-    return schedule_from_betas(np.linspace(beta_start, beta_end, num_steps))
+    start, end = _beta_range(num_steps, beta_start, beta_end, rescale_betas)
+    return _reaching_noise(schedule_from_betas(np.linspace(start, end, num_steps)), _MORE)
 
 
 def scaled_linear_schedule(
-    num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+    num_steps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    *,
+    rescale_betas: bool = False,
 ) -> Schedule:
     """√β_t linear in t, the schedule of latent diffusion (Rombach et al. 2022).
 
-    Arguments and errors as those of `linear_schedule`.
+    Arguments, errors and warning as those of `linear_schedule`.
 
     Example:
       >>> import ddim_jax as ddim
-      >>> f"{ddim.scaled_linear_schedule().alpha_bar[-1]:.4f}"
-      '0.0047'
+      >>> ddim.scaled_linear_schedule()
+      Schedule(num_steps=1000, alpha_bar_T=0.00466)
     """
-    _check_range(num_steps, beta_start, beta_end)
-    return schedule_from_betas(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
+    start, end = _beta_range(num_steps, beta_start, beta_end, rescale_betas)
+    betas = np.linspace(start**0.5, end**0.5, num_steps) ** 2
+    return _reaching_noise(schedule_from_betas(betas), _MORE)
 
 
 def cosine_schedule(
@@ -183,6 +216,9 @@ def cosine_schedule(
     Raises:
       ValueError: a value is out of range.
 
+    Warns:
+      UserWarning: as `linear_schedule`, where `max_beta` or `offset` leaves ᾱ_T above 0.02.
+
     Example:
       >>> import ddim_jax as ddim
       >>> f"{ddim.cosine_schedule(1000).alpha_bar[500]:.3f}"
@@ -195,7 +231,9 @@ def cosine_schedule(
         )
     t = np.arange(num_steps + 1) / num_steps
     f = np.cos(np.pi / 2 * (t + offset) / (1 + offset)) ** 2
-    return schedule_from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+    return _reaching_noise(
+        schedule_from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta)), "a larger max_beta"
+    )
 
 
 def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -230,31 +268,110 @@ class ScheduleConfig:
     """A schedule in plain numbers, as presets and checkpoints hold it.
 
     Example:
-      >>> ScheduleConfig(num_steps=10).build().num_steps
-      10
+      >>> ScheduleConfig("scaled_linear").build()
+      Schedule(num_steps=1000, alpha_bar_T=0.00466)
     """
 
     kind: Literal["linear", "scaled_linear", "cosine"] = "linear"
     num_steps: int = 1000  # T
-    beta_start: float = 1e-4  # of linear and scaled_linear
-    beta_end: float = 0.02
+    beta_start: float | None = None  # None: that of linear_schedule or scaled_linear_schedule
+    beta_end: float | None = None
+    rescale_betas: bool = False  # multiply β by 1000/T
+
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """β₁ and β_T before they are rescaled; None for cosine, which has none."""
+        if self.kind not in BETAS:
+            return None
+        start, end = BETAS[self.kind]
+        return (
+            start if self.beta_start is None else self.beta_start,
+            end if self.beta_end is None else self.beta_end,
+        )
 
     def build(self) -> Schedule:
         """The `Schedule`; ValueError where the numbers do not make one."""
         if self.kind == "cosine":
+            if self.rescale_betas or (self.beta_start, self.beta_end) != (None, None):
+                raise ValueError(
+                    "the cosine schedule has no betas: leave out beta_start, beta_end and "
+                    f"rescale_betas, got {self.beta_start}, {self.beta_end}, {self.rescale_betas}"
+                )
             return cosine_schedule(self.num_steps)
         makers = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}
-        if self.kind not in makers:
+        if self.kind not in makers or not (betas := self.betas):
             raise ValueError(
                 f"unknown schedule kind {self.kind!r}; choose linear, scaled_linear or cosine"
             )
-        return makers[self.kind](self.num_steps, self.beta_start, self.beta_end)
+        return makers[self.kind](self.num_steps, *betas, rescale_betas=self.rescale_betas)
+
+    def facts(self) -> dict[str, Any]:
+        """This configuration for JSON, in numbers, so that no later default can change it.
+
+        The layout is that of every file so far: beside "cosine" linear's numbers stand unused,
+        and `rescale_betas` only where it is true.
+
+        Example:
+          >>> ScheduleConfig(num_steps=50).facts()
+          {'kind': 'linear', 'num_steps': 50, 'beta_start': 0.0001, 'beta_end': 0.02}
+        """
+        start, end = self.betas or BETAS["linear"]
+        facts = {
+            "kind": self.kind,
+            "num_steps": self.num_steps,
+            "beta_start": start,
+            "beta_end": end,
+        }
+        return facts | ({"rescale_betas": True} if self.rescale_betas else {})
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> ScheduleConfig:
+        """`facts` undone; TypeError for a name that is not a field.
+
+        Example:
+          >>> ScheduleConfig.from_facts({"kind": "scaled_linear", "beta_end": 0.012}).betas
+          (0.00085, 0.012)
+        """
+        config = cls(**facts)
+        own = BETAS.get(config.kind, BETAS["linear"])
+        given = (config.beta_start, config.beta_end)
+        return (
+            dataclasses.replace(config, beta_start=None, beta_end=None) if given == own else config
+        )
 
 
-def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:
+def _beta_range(
+    num_steps: int, beta_start: float, beta_end: float, rescale: bool
+) -> tuple[float, float]:
+    """β₁ and β_T, checked and rescaled."""
     if num_steps < 1:
         raise ValueError(f"num_steps (T) must be at least 1, got {num_steps}")
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(
             f"need 0 < beta_start <= beta_end < 1, got beta_start={beta_start}, beta_end={beta_end}"
         )
+    factor = 1000 / num_steps if rescale else 1
+    if not beta_end * factor < 1:
+        raise ValueError(
+            f"rescale_betas makes beta_end = {beta_end} * 1000/{num_steps} = "
+            f"{beta_end * factor:.4g}, and it must stay below 1: take more than "
+            f"{int(1000 * beta_end)} steps, or betas of your own"
+        )
+    return beta_start * factor, beta_end * factor
+
+
+_MORE = "num_steps=1000, rescale_betas=True or larger betas"
+
+
+def _reaching_noise(schedule: Schedule, advice: str) -> Schedule:
+    """The schedule, with a warning if x_T is not noise; stacklevel 3 is the maker's caller."""
+    if (alpha_bar_T := float(np.exp(schedule.log_alpha_bar[-1]))) > MOST_SIGNAL:
+        warnings.warn(
+            f"this schedule never reaches noise: alpha_bar_T = {alpha_bar_T:.3g} of the signal's "
+            f"variance is left at T = {schedule.num_steps}, so samples started from N(0, I) will "
+            f"be wrong. Take {advice}; if x_T is not drawn from N(0, I), schedule_from_betas does "
+            "not warn",
+            UserWarning,
+            stacklevel=3,
+        )
+    return schedule

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from ddim_jax.arrays import Array
+from ddim_jax.arrays import Array, wide
 
 
 def clip_x0(bound: float = 1.0) -> Callable[[Array], Array]:
     """An `x0_fn` that clips x̂_0 to [−bound, bound], the range of the data.
+
+    Its gradient is 1 within the bounds, 0 beyond, and between the two exactly at a bound.
 
     Args:
       bound: > 0; 1 for images scaled to [−1, 1].
@@ -57,8 +59,9 @@ def dynamic_threshold(quantile: float = 0.995, bound: float = 1.0) -> Callable[[
         )
 
     def threshold(x_0: Array) -> Array:
-        m = jnp.quantile(jnp.abs(x_0), quantile, axis=tuple(range(1, x_0.ndim)), keepdims=True)
+        x = wide(x_0)
+        m = jnp.quantile(jnp.abs(x), quantile, axis=tuple(range(1, x_0.ndim)), keepdims=True)
         m = jnp.maximum(m, bound)
-        return jnp.clip(x_0, -m, m) * (bound / m)
+        return (jnp.clip(x, -m, m) * (bound / m)).astype(x_0.dtype)
 
     return threshold

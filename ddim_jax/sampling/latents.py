@@ -8,7 +8,16 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, is_concrete, per_image
+from ddim_jax.arrays import (
+    Array,
+    ArrayLike,
+    Denoiser,
+    check_batch,
+    is_concrete,
+    per_image,
+    root,
+    wide,
+)
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.plan import Method
 from ddim_jax.sampling.sampler import sample
@@ -30,7 +39,8 @@ def slerp(a: Array, b: Array, weight: ArrayLike) -> Array:
     For equal norms the path has that norm; for unequal ones the formula is applied as it stands.
     Parallel latents give linear interpolation, the limit θ → 0. Opposite latents (θ = π) have no
     shortest arc between them, and latents that are all zero no angle: an error, or NaN for that
-    image under a trace.
+    image under a trace. Near θ = π the arc itself is ill-conditioned: errors of a and b grow by
+    1/sin θ. Computed in float32 at least.
 
     Args:
       a: (B, ...) floating latents.
@@ -63,6 +73,7 @@ def slerp(a: Array, b: Array, weight: ArrayLike) -> Array:
         )
     if is_concrete(weight) and not ((np.asarray(weight) >= 0) & (np.asarray(weight) <= 1)).all():
         raise ValueError(f"weight must lie in [0, 1], got {weight}")
+    dtype, a, b = a.dtype, wide(a), wide(b)
     unit_a, unit_b = _unit(a), _unit(b)
     apart, together = _norm(unit_a - unit_b), _norm(unit_a + unit_b)
     theta = 2 * jnp.arctan2(apart, together)  # accurate near 0 and π, where arccos is not
@@ -76,7 +87,7 @@ def slerp(a: Array, b: Array, weight: ArrayLike) -> Array:
     w = jnp.broadcast_to(jnp.asarray(weight).astype(a.dtype), theta.shape)
     whole = jnp.where(has_arc, _sinc(theta), jnp.nan)
     from_a, from_b = (v * _sinc(v * theta) / whole for v in (1 - w, w))
-    return per_image(from_a, a) * a + per_image(from_b, b) * b
+    return (per_image(from_a, a) * a + per_image(from_b, b) * b).astype(dtype)
 
 
 def spherical_grid(corners: Array, rows: int, columns: int) -> Array:
@@ -102,7 +113,7 @@ def spherical_grid(corners: Array, rows: int, columns: int) -> Array:
       >>> ddim.spherical_grid(corners, 11, 7).shape
       (11, 7, 8, 8, 1)
     """
-    corners = check_batch(corners)
+    dtype, corners = check_batch(corners).dtype, wide(check_batch(corners))
     if corners.shape[0] != 4:
         raise ValueError(f"corners must hold four latents (4, ...), got shape {corners.shape}")
     if rows < 2 or columns < 2:
@@ -123,7 +134,7 @@ def spherical_grid(corners: Array, rows: int, columns: int) -> Array:
         jnp.repeat(right, columns, axis=0),
         jnp.tile(across, rows),
     )
-    return grid.reshape(rows, columns, *shape)
+    return grid.reshape(rows, columns, *shape).astype(dtype)
 
 
 def same_latent(
@@ -165,15 +176,15 @@ def same_latent(
     if len(taus) == 0 or np.ndim(taus[0]) != 1:
         raise ValueError("taus must be a list of at least one tau, such as [timesteps(1000, 10)]")
     images = jnp.stack([sample(denoise, x_T, schedule, tau, method=method) for tau in taus])
-    features = [feature(x) if feature else x for x in images]
+    features = [wide(feature(x) if feature else x) for x in images]
     longest = int(np.argmax([len(np.asarray(tau)) for tau in taus]))
     squares = [jnp.square(f - features[longest]).reshape(f.shape[0], -1) for f in features]
-    return SameLatent(images, jnp.stack([jnp.sqrt(s.mean(axis=1)) for s in squares]))
+    return SameLatent(images, jnp.stack([root(s.mean(axis=1)) for s in squares]))
 
 
 def _norm(x: Array) -> Array:
     """(B,) Euclidean norms of whole images."""
-    return jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=1)
+    return root(jnp.square(x).reshape(x.shape[0], -1).sum(axis=1))
 
 
 def _unit(x: Array) -> Array:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, root, wide
 from ddim_jax.process.gaussian import Coefficients, coefficients
-from ddim_jax.process.prediction import to_x0_eps
+from ddim_jax.process.prediction import Predictor, prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps, timesteps
 from ddim_jax.sampling.sampler import trajectory
@@ -61,7 +61,7 @@ def step_errors(
 
     Example:
       >>> import ddim_jax as ddim, jax
-      >>> schedule = ddim.linear_schedule(100)
+      >>> schedule = ddim.linear_schedule(100, rescale_betas=True)
       >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.25)
       >>> x_T = ddim.initial_noise(jax.random.key(0), 8, (2,))
       >>> ddim.step_errors(exact, x_T, schedule, candidates=range(10, 101, 10)).error.shape
@@ -69,7 +69,9 @@ def step_errors(
     """
     T = schedule.num_steps
     t = timesteps(T, min(T, 200)) if candidates is None else as_timesteps(list(candidates), T)
-    path = trajectory(denoise, x_T, schedule, np.arange(1, T + 1), at=t.tolist())
+    dtype, x_T = check_batch(x_T).dtype, wide(check_batch(x_T))  # the network alone is given x_T's
+    network = Predictor(lambda x, t: call(denoise, x, t, dtype), prediction_of(denoise))
+    path = trajectory(network, x_T, schedule, np.arange(1, T + 1), at=t.tolist())
     x_t, x_0 = path.x_t[::-1], path.x_0[::-1]  # (G, B, ...), t increasing
     c = coefficients(schedule, t, t * 0)
     eps = jax.vmap(lambda c, x_t, x_0: to_x0_eps(c, x_t, x_0, "x_0")[1])(_cast(c, x_t), x_t, x_0)
@@ -106,7 +108,7 @@ def optimise_timesteps(errors: StepErrors, num_samples: int) -> np.ndarray:
 
     Example:
       >>> import ddim_jax as ddim, jax
-      >>> schedule = ddim.linear_schedule(100)
+      >>> schedule = ddim.linear_schedule(100, rescale_betas=True)
       >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.25)
       >>> x_T = ddim.initial_noise(jax.random.key(0), 8, (2,))
       >>> errors = ddim.step_errors(exact, x_T, schedule)
@@ -169,7 +171,7 @@ def refine_timesteps(
 
     Example:
       >>> import ddim_jax as ddim, jax, numpy as np
-      >>> schedule = ddim.linear_schedule(100)
+      >>> schedule = ddim.linear_schedule(100, rescale_betas=True)
       >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.25)
       >>> x_T = ddim.initial_noise(jax.random.key(0), 8, (2,))
       >>> sampler = jax.jit(lambda x_T, tau: ddim.sample(exact, x_T, schedule, tau))
@@ -209,7 +211,7 @@ def refine_timesteps(
 
 def _mean_rms(x: Array) -> Array:
     """(S, B, ...) → (S,): RMS over pixels, mean over images."""
-    return jnp.sqrt((x**2).mean(axis=tuple(range(2, x.ndim)))).mean(axis=1)
+    return root((x**2).mean(axis=tuple(range(2, x.ndim)))).mean(axis=1)
 
 
 def _cast(c: Coefficients, like: Array) -> Any:

@@ -161,7 +161,7 @@ def check_facts(
             say(
                 f"warning: load_model and `ddim-jax sample` will not read this run ({error}). For "
                 "a U-Net of ours give fit(..., facts=to_facts(schedule_config, unet_config)), of "
-                "ddim_jax.pretrained; of a network of your own read the moving average with "
+                "ddim_jax.weights; of a network of your own read the moving average with "
                 f"ddim_jax.storage.checkpoint.restore_part({str(folder)!r})"
             )
         return

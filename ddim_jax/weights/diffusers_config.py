@@ -170,8 +170,9 @@ def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
       ValueError: naming the setting that is not supported.
 
     Example:
-      >>> schedule_config({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"})[0]
-      ScheduleConfig(kind='cosine', num_steps=1000, beta_start=0.0001, beta_end=0.02)
+      >>> config, predicts = schedule_config({"_class_name": "DDPMScheduler"})
+      >>> config == ScheduleConfig("linear", 1000), predicts
+      (True, 'eps')
     """
 
     def refuse(field: str, known: object) -> ValueError:
@@ -199,10 +200,11 @@ def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
     prediction = scheduler.get("prediction_type", default)
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise refuse("prediction_type", ", ".join(PREDICTIONS))
-    config = ScheduleConfig(KINDS[betas], steps)  # type: ignore[arg-type]
-    if config.kind != "cosine":
+    facts = {"kind": KINDS[betas], "num_steps": steps}
+    if facts["kind"] != "cosine":  # diffusers' defaults are those of linear for both other kinds
         start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
-        config = dataclasses.replace(config, beta_start=float(start), beta_end=float(end))
+        facts |= {"beta_start": float(start), "beta_end": float(end)}
+    config = ScheduleConfig.from_facts(facts)
     config.build()
     return config, PREDICTIONS[prediction]
 
@@ -218,19 +220,20 @@ def scheduler_settings(schedule: ScheduleConfig, prediction: str) -> dict[str, A
       A JSON-able dict.
 
     Example:
-      >>> schedule_config(
-      ...     {"_class_name": "DDIMScheduler"}
-      ...     | scheduler_settings(ScheduleConfig("scaled_linear", 50), "v")
-      ... )
-      (ScheduleConfig(kind='scaled_linear', num_steps=50, beta_start=0.0001, beta_end=0.02), 'v')
+      >>> schedule = ScheduleConfig("scaled_linear")
+      >>> settings = {"_class_name": "DDIMScheduler"} | scheduler_settings(schedule, "v")
+      >>> schedule_config(settings) == (schedule, "v")
+      True
     """
     kinds = {ours: theirs for theirs, ours in KINDS.items()}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    facts = schedule.facts()
+    factor = 1000 / schedule.num_steps if schedule.rescale_betas else 1
     return {
         "num_train_timesteps": schedule.num_steps,
         "beta_schedule": kinds[schedule.kind],
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
+        "beta_start": facts["beta_start"] * factor,
+        "beta_end": facts["beta_end"] * factor,
         "prediction_type": predictions[prediction],
     }
 

@@ -72,7 +72,7 @@ def to_facts(
       >>> sorted(to_facts(ScheduleConfig(), UNetConfig(), "v"))
       ['model', 'prediction', 'schedule']
     """
-    facts = {"model": dataclasses.asdict(model), "schedule": dataclasses.asdict(schedule)}
+    facts = {"model": dataclasses.asdict(model), "schedule": schedule.facts()}
     return facts if prediction is None else {**facts, "prediction": prediction}
 
 
@@ -98,6 +98,6 @@ def from_facts(facts: Mapping[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:
         model: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()
         }
-        return ScheduleConfig(**facts["schedule"]), UNetConfig(**model)
+        return ScheduleConfig.from_facts(facts["schedule"]), UNetConfig(**model)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no model and schedule that this version understands: {error}") from error

@@ -29,7 +29,7 @@ def to_state_dict(params: Params) -> dict[str, np.ndarray]:
     """Parameters under the DDIM authors' names, as PyTorch lays them out.
 
     Args:
-      params: of a `ddim_jax.unet` network.
+      params: of a `ddim_jax.networks.unet` network.
 
     Returns:
       A flat dict of NumPy arrays.

@@ -34,13 +34,13 @@ OTHERS = (EAGER, LAST, COMPILED, PIPELINE)
 def our_sides(model: ddim.Model, x_T: np.ndarray, steps: int) -> Sides:
     """Name → a call that draws, and waits for the result."""
     tau = ddim.timesteps(model.schedule.num_steps, steps, "leading")
-    sampler = ddim.make_sampler(model.apply_fn, model.schedule, tau, prediction=model.prediction)
+    sampler = ddim.make_sampler(model, tau)
     network, x, t = jax.jit(model.apply_fn), jnp.asarray(x_T), jnp.full(len(x_T), 500)
 
     def calls() -> Any:
         return [network(model.params, x, t).block_until_ready() for _ in range(steps)][-1]
 
-    return {OURS: lambda: sampler(model.params, x).block_until_ready(), NETWORK: calls}
+    return {OURS: lambda: sampler(x).block_until_ready(), NETWORK: calls}
 
 
 def their_sides(
