@@ -16,7 +16,7 @@ class Denoiser(Protocol):
     """Anything that maps `(x_t, t)` to ε_θ(x_t, t): `x` (B, ...), `t` (B,) int in 1..T → (B, ...).
 
     A plain function, a closure over Flax or Equinox weights, or an exact denoiser of
-    `ddim_jax.process.oracle`. Combinators of `ddim_jax.sampling.guidance` map denoisers to denoisers.
+    `ddim_jax.process.oracle`. `ddim_jax.sampling.guidance` maps denoisers to denoisers.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...

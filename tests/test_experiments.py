@@ -334,7 +334,7 @@ def test_not_run_makes_way_for_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--eta", "DDPM"], r"takes numbers in \[0, 1\] and 'hat', got 'DDPM'"),
+        (["--eta", "DDPM"], r"numbers in \[0, 1\], 'hat' and methods .*, got 'DDPM'"),
         (["--eta", "2"], "got '2'"),
         (["--eta", "0", "0.0"], "--eta must not name a value twice"),
         (["--steps", "5", "5"], "--steps must not name a value twice"),

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import ddim_jax as ddim
-from ddim_jax.generation import shards as module
+from ddim_jax.generation import drawing
 from ddim_jax.generation.drawing import make_draw
 from ddim_jax.generation.shards import generate, iter_shards
 from ddim_jax.networks.unet import UNetConfig
@@ -286,7 +286,7 @@ def test_one_batch_is_in_flight_while_the_last_is_fetched():
         log.append(f"draw {batch[0]}")
         return jnp.asarray(batch), jnp.asarray(batch >= 0)
 
-    for batch in module._batches(draw, np.arange(0, 5, dtype=np.uint32), 2, 1):
+    for batch in drawing.batches_of(draw, np.arange(0, 5, dtype=np.uint32), 2, 1):
         log.append(f"got {batch[0]}")
     assert log == ["draw 0", "draw 2", "got 0", "draw 4", "got 2", "got 4"]
 
