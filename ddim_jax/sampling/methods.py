@@ -103,6 +103,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adams-bashforth-4": partial(adams_bashforth, 4),
     "pf-euler": pf_euler,
 }
+"""Name → a function that returns the method; what `--method` knows."""
 
 
 def find_method(name: str, eta: float = 0.0) -> Method:
