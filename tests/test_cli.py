@@ -35,6 +35,8 @@ def command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: signal.SIG_DFL)  # pytest keeps its own
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "keep the test's own")
     monkeypatch.delenv("DDIM_JAX_DATA", raising=False)
+    device = jax.devices()[:1]  # one: other tests are of many
+    monkeypatch.setattr(jax, "devices", lambda: device)
 
     def run(line):
         monkeypatch.setattr("sys.argv", ["ddim-jax", *line.split()])
@@ -410,7 +412,7 @@ def differ_by_rounding(a, b):
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("prediction", ["x_0", "v"])
+@pytest.mark.parametrize("prediction", [pytest.param("x_0", marks=pytest.mark.slow), "v"])
 def test_every_command_knows_what_the_network_predicts(command, tmp_path, prediction):
     model = tiny(prediction)
     ddim.save_model("m.safetensors", model)
