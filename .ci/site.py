@@ -70,12 +70,11 @@ def _here(markdown):
 def _modules(wing):
     """The public modules of a wing."""
     folder = ROOT / "ddim_jax" / wing
-    files = sorted(folder.glob("[!_]*.py")) or [folder.with_suffix(".py")]
-    if wing == "cli":
-        files.insert(0, folder / "__init__.py")
-    for file in files:
+    for file in sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]:
         parts = file.relative_to(ROOT).with_suffix("").parts
-        yield ".".join(part for part in parts if part != "__init__")
+        parts = parts[:-1] if parts[-1] == "__init__" and len(parts) > 3 else parts
+        if not any(part.startswith("_") for part in parts):
+            yield ".".join(parts)
 
 
 def _public_names():
