@@ -21,7 +21,7 @@ from ddim_jax.training.step import TrainConfig
 class DataConfig:
     """The images to learn from."""
 
-    name: str = "digits"  # "digits", or any image data set that TFDS has prepared
+    name: str = "digits"  # "digits", a data set that TFDS has prepared, or module:function
     split: str = "train"
     crop: tuple[int, int, int, int] | None = None  # first cut out (top, left, height, width)
     resize: int | None = None  # then bring the shorter side to this, and cut out the centre square
