@@ -21,7 +21,7 @@ from ddim_jax.storage.checkpoint import (
     restore_part,
     saved_steps,
 )
-from ddim_jax.training import loop
+from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
 from ddim_jax.training.loop import fit
 from ddim_jax.training.run_folder import Preempted, locked, writer
@@ -459,7 +459,7 @@ def test_a_run_that_would_skip_everything_stops(tmp_path):
 
 
 def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(collecting, "MAX_SKIPPED", 5)
 
     def late_nan(params, x, t, dropout_key=None):
         return params["w"] * x + jnp.where(params["n"] > 3, jnp.nan, 0.0)
