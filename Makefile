@@ -1,6 +1,8 @@
 # make demo   train on the bundled digits and draw: demo/index.html
 # make test   every test that takes seconds, and the linters; the same examples everywhere
 # make test-all   the long tests too, and fresh examples from a SEED that it draws and prints
+# make docs   the site, strictly: site/index.html
+# make wheel  what would be released: built, its contents checked, tried alone in a clean venv
 # make paper  every table and figure of the paper, small: results/report.html (15 to 20 minutes)
 # Each sets up what it needs in .venv, from PyPI.
 PYTHON ?= python3
@@ -12,7 +14,7 @@ MODEL  ?= digits
 SEED   := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 PAPER  := table1 table2 fig3 fig4 fig5 fig6 solvers
 
-.PHONY: demo paper test test-all lint format constraints clean
+.PHONY: demo paper test test-all lint format docs wheel constraints clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -43,6 +45,19 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Warnings are errors, and so are links to what is not there.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/bin/python
+	rm -rf dist build
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt build
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/python .ci/wheel.py
+	$(PYTHON) -m venv build/alone
+	build/alone/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && PYTHONPATH= alone/bin/ddim-jax sample digits --num-images 4 --steps 10 --out four.png
+
 # The versions that the tests passed with, for reproducible installs.
 constraints: $(VENV)/.test
 	$(BIN)/python -m pip freeze --exclude-editable | grep -iv '^\(torch\|diffusers\)==' > constraints.txt
@@ -59,5 +74,9 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.train
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site *.egg-info

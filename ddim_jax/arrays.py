@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -16,7 +17,7 @@ class Denoiser(Protocol):
     """Anything that maps `(x_t, t)` to ε_θ(x_t, t): `x` (B, ...), `t` (B,) int in 1..T → (B, ...).
 
     A plain function, a closure over Flax or Equinox weights, or an exact denoiser of
-    `ddim_jax.process.oracle`. Combinators of `ddim_jax.sampling.guidance` map denoisers to denoisers.
+    `ddim_jax.process.oracle`. `ddim_jax.sampling.guidance` maps denoisers to denoisers.
     """
 
     def __call__(self, x: Array, t: Array, /) -> Array: ...
@@ -119,3 +120,21 @@ def normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 def _wide(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def import_name(text: str, what: str) -> Any:
+    """What `module:attribute` names: how a command takes a user's own methods, data and presets.
+
+    Raises:
+      ValueError: the module has no such attribute.
+      ModuleNotFoundError: there is no such module.
+
+    Example:
+      >>> import_name("math:pi", "number")
+      3.14...
+    """
+    module, _, attribute = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError as error:
+        raise ValueError(f"module {module} has no {what} {attribute!r}") from error

@@ -35,7 +35,7 @@ Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels 
 
 def run(
     out: pathlib.Path,
-    num_steps: int | None = None,
+    num_updates: int | None = None,
     num_samples: int = 500,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
@@ -45,7 +45,7 @@ def run(
 
     Args:
       out: the folder, new, empty, or an interrupted demo's.
-      num_steps: training steps; by default half of the digits preset's, which make its pictures.
+      num_updates: training steps; by default half of the digits preset's, which make its pictures.
       num_samples: samples behind each Fréchet distance.
       say: told what is going on.
 
@@ -68,13 +68,13 @@ def run(
     preset = digits()
     train = dataclasses.replace(
         preset.train,
-        num_steps=preset.train.num_steps // 2 if num_steps is None else num_steps,
+        num_updates=preset.train.num_updates // 2 if num_updates is None else num_updates,
         sample_every=0,
     )
     dataset = load(preset.data.name)
     apply_fn, params = build(preset.model, jax.random.key(train.seed))
     say(
-        f"training {count_params(params):,} parameters for {train.num_steps} steps of "
+        f"training {count_params(params):,} parameters for {train.num_updates} steps of "
         f"{train.batch_size} on {len(dataset)} digits ({jax.default_backend()})"
     )
     fit(
@@ -201,7 +201,7 @@ def _page(
     return plots.page(
         "DDIM in JAX: digits in 10, 20 and 50 steps",
         [
-            f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_steps']:,} steps of "
+            f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_updates']:,} steps of "
             f"{train['batch_size']} images on this machine, then drew {count:,} digits for each "
             f"number of steps S and each η: {results['seconds']:.0f} seconds, training "
             f"{results['training_seconds']:.0f} of them. Every panel starts from the same x_T: "

@@ -21,7 +21,7 @@ SIGMA_HAT = "hat"
 HELP = {
     "steps": "S, the numbers of network calls per image",
     "eta": f"rows: η of Eq. 16, {SIGMA_HAT} for σ̂, or a method, see `ddim_jax.METHODS`",
-    "num_samples": "images in each cell; S=N sets one S apart, as in `500 1000=100`",
+    "num_images": "images in each cell; S=N sets one S apart, as in `500 1000=100`",
     "clip": "clip x̂_0 to [−1, 1] in every row (σ̂'s always is): helps networks trained briefly",
 }
 
@@ -108,12 +108,12 @@ def _check(args: argparse.Namespace) -> None:
         values = getattr(args, name, [])
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} must not name a value twice, got {values}")
-    words = getattr(args, "num_samples", [])
+    words = getattr(args, "num_images", [])
     named = [word.rpartition("=")[0] for word in words]
     strange = {s for s in named if s} - set(map(str, getattr(args, "steps", [])))
     if len(set(named)) < len(named) or strange:
         raise ValueError(
-            f"--num-samples takes one number, and S=N for S among --steps, got {' '.join(words)}"
+            f"--num-images takes one number, and S=N for S among --steps, got {' '.join(words)}"
         )
 
 
@@ -160,8 +160,8 @@ def row_label(eta: str) -> str:
     return f"η = {options['eta']:g}" if "eta" in options else eta
 
 
-def num_samples(words: Sequence[str], steps: int) -> int:
-    """Images in the cells of one S, from the words of --num-samples."""
+def num_images(words: Sequence[str], steps: int) -> int:
+    """Images in the cells of one S, from the words of --num-images."""
     try:
         pairs = {s: n for s, _, n in (w.rpartition("=") for w in words)}
         number = int(pairs.get(str(steps), pairs.get("", "0")))
@@ -169,7 +169,7 @@ def num_samples(words: Sequence[str], steps: int) -> int:
         number = 0
     if number < 4:
         raise ValueError(
-            f"--num-samples takes a number N ≥ 4, and S=N for single S, got {list(words)} for "
+            f"--num-images takes a number N ≥ 4, and S=N for single S, got {list(words)} for "
             f"S = {steps}"
         )
     return number

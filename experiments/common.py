@@ -39,7 +39,7 @@ from ddim_jax.pictures import plots
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.files import portable
 from ddim_jax.training.presets import DataConfig
-from experiments.arguments import noise, num_samples
+from experiments.arguments import noise, num_images
 from experiments.provenance import (
     data_config,
     device,
@@ -112,9 +112,9 @@ class Experiment:
         spacing = spacing or self.spacing
         return ddim.timesteps(schedule.num_steps, steps, spacing, schedule=schedule, exact=False)
 
-    def num_samples(self, steps: int) -> int:
+    def num_images(self, steps: int) -> int:
         """Images in the cells of one S."""
-        return num_samples(self.args.num_samples, steps)
+        return num_images(self.args.num_images, steps)
 
     def begin(self, **more: Any) -> None:
         """Claims the folder, or finds that it is of these settings.
@@ -188,7 +188,7 @@ class Experiment:
 
     def draw(self, eta: str, steps: int, spacing: str | None = None) -> pathlib.Path:
         """A folder of images, image k from the same x_T in every cell; resumes."""
-        number, spacing = self.num_samples(steps), spacing or self.spacing
+        number, spacing = self.num_images(steps), spacing or self.spacing
         batch = min(self.args.batch_size, number)
         return generate(
             self.model,
@@ -213,7 +213,7 @@ class Experiment:
           images: uint8 (n, H, W, C), or a list of such shards.
 
         Returns:
-          {"name", "distance", "se", "kernel", "precision", "recall", "num_samples"}.
+          {"name", "distance", "se", "kernel", "precision", "recall", "num_images"}.
         """
         number = sum(map(len, images)) if isinstance(images, list) else len(images)
         blocks = jackknife_blocks(number)
@@ -227,7 +227,7 @@ class Experiment:
             "kernel_se": found.kernel.se,
             "precision": found.precision.value,
             "recall": found.recall.value,
-            "num_samples": found.size,
+            "num_images": found.size,
             "blocks": blocks,
         }
 
@@ -250,7 +250,7 @@ class Experiment:
             )
             value, se = frechet_jackknife(x, moments(y), jackknife_blocks(len(x)))
             name = self.extractor.frechet_name
-            return {"name": name, "distance": value, "se": se, "num_samples": len(x)}
+            return {"name": name, "distance": value, "se": se, "num_images": len(x)}
 
         return self.cell(f"floor-n{number}", compute)
 

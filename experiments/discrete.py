@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, float]] = {
 KEYS = dict(zip(ROWS, ("least", "ancestral", "sigma0")))  # of the cells' files
 SMALL = {
     "steps": [1, 5, 10, 20, 100],
-    "num_samples": ["300"],
+    "num_images": ["300"],
     "train_steps": 800,
     "train_batch": 64,
     "channels": 32,
@@ -49,7 +49,7 @@ SMALL = {
 }
 FULL = {
     "steps": [1, 5, 10, 20, 50, 100, 1000],
-    "num_samples": ["10000"],
+    "num_images": ["10000"],
     "train_steps": 20_000,
     "channels": 64,
     "bound_images": 2000,
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
             samples.append({"row": row, "S": s, **cell})
         bounds.append({"S": s} | experiment.cell(f"bound-S{s}", partial(task.bound, s)))
     independent = experiment.cell("independent", task.independent)
-    floor = experiment.floor(experiment.num_samples(args.steps[0]))
+    floor = experiment.floor(experiment.num_images(args.steps[0]))
     shown = [s for s in (1, 10, 100) if s in args.steps] or args.steps[:3]
     panels = {(r, f"S = {s}"): task.draw(s, r, 36) for r in ROWS for s in shown}
     panels["η = 0, largest σ", "for comparison"] = experiment.dataset.take(task.train_indices[:36])[
@@ -146,7 +146,7 @@ class _Task:
         """Minimises −log f(x_0|x_t), t uniform in 1..T."""
         config = dataclasses.replace(
             self.preset.train,
-            num_steps=self.args.train_steps,
+            num_updates=self.args.train_steps,
             batch_size=self.args.train_batch,
             warmup_steps=min(100, self.args.train_steps),
             seed=self.args.seed,
@@ -174,7 +174,7 @@ class _Task:
         state = init_state(params, config)
         images, rng = self.states(self.train_indices), np.random.default_rng(self.args.seed)
         losses = []
-        for _ in range(config.num_steps):
+        for _ in range(config.num_updates):
             state, value = update(state, images[rng.integers(len(images), size=config.batch_size)])
             losses.append(value)
         last = float(np.mean(jax.device_get(losses[-100:])))
@@ -208,7 +208,7 @@ class _Task:
 
     def draw(self, steps: int, row: str, number: int | None = None) -> np.ndarray:
         """Samples as images, uint8 (n, H, W, 1)."""
-        all_of_them = self.experiment.num_samples(steps)
+        all_of_them = self.experiment.num_images(steps)
         number, size = number or all_of_them, min(self.args.batch_size, all_of_them)
         sampler, params = self._sampler(steps, row), self.params
         parts = [sampler(params, jnp.arange(i, i + size)) for i in range(0, number, size)]
@@ -276,7 +276,7 @@ class _Task:
         white = self._white()
         x = np.asarray(self.states(self.held_out[: self.args.bound_images]), bool)
         nats = -np.where(x, np.log(white)[None], np.log1p(-white)[None]).mean()
-        number = self.experiment.num_samples(self.args.steps[0])
+        number = self.experiment.num_images(self.args.steps[0])
         score = self.experiment.score(self.independent_images(number))
         return score | {"bits": float(nats / np.log(2))}
 

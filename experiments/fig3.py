@@ -12,7 +12,7 @@ from experiments import drawing
 from experiments.arguments import parse, row_label, run
 from experiments.common import Cell, Experiment
 
-SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1", "hat"], "num_samples": ["36"],
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1", "hat"], "num_images": ["36"],
          "clip": False}  # fmt: skip
 FULL = {"steps": [10, 100]}
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 
 
 def _draw(experiment: Experiment, eta: str, steps: int) -> Cell:
-    return {"num_samples": len(experiment.drawn(eta, steps))}
+    return {"num_images": len(experiment.drawn(eta, steps))}
 
 
 if __name__ == "__main__":

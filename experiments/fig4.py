@@ -21,8 +21,8 @@ from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
 from experiments.provenance import device
 
-SMALL = {"steps": [10, 20, 50, 100, 200], "num_samples": ["16"], "repeats": 5}
-FULL = {"steps": [10, 20, 50, 100, 200, 500, 1000], "num_samples": ["100"]}
+SMALL = {"steps": [10, 20, 50, 100, 200], "num_images": ["16"], "repeats": 5}
+FULL = {"steps": [10, 20, 50, 100, 200, 500, 1000], "num_images": ["100"]}
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     if len(set(args.steps)) < 3:
         raise ValueError(f"a line with an error needs three different S, got {args.steps}")
     experiment = Experiment("fig4", args)
-    if len(numbers := {experiment.num_samples(s) for s in args.steps}) > 1:
+    if len(numbers := {experiment.num_images(s) for s in args.steps}) > 1:
         raise ValueError(f"fig4 times one batch at every S, got numbers {numbers}")
     experiment.begin_with_model(data=False, device=device())
     cells = [{"S": s} | experiment.cell(f"S{s}", partial(timed, experiment, s)) for s in args.steps]
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         "seconds for one batch",
         log="",
     )
-    number = experiment.num_samples(args.steps[0])
+    number = experiment.num_images(args.steps[0])
     caption = (
         f"Time to draw one batch of {number} images, shortest of {args.repeats} runs, without "
         f"compilation: {fit['seconds_per_step'] * 1e3:.3g} ± "
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 
 def timed(experiment: Experiment, steps: int) -> Cell:
     """Seconds of each repeated run of one batch, η = 0."""
-    model, number = experiment.model, experiment.num_samples(steps)
+    model, number = experiment.model, experiment.num_images(steps)
     sampler = ddim.make_sampler(model, experiment.tau(steps))
     x_T = ddim.initial_noise(jax.random.key(experiment.args.seed), number, model.image_shape)
     jax.block_until_ready(sampler(x_T))
@@ -72,7 +72,7 @@ def timed(experiment: Experiment, steps: int) -> Cell:
         jax.block_until_ready(sampler(x_T))
         times.append(time.perf_counter() - began)
     return {"shortest": min(times), "median": float(np.median(times)), "all": times,
-            "num_samples": number}  # fmt: skip
+            "num_images": number}  # fmt: skip
 
 
 def line(x: np.ndarray, y: np.ndarray) -> dict[str, float]:

@@ -17,8 +17,8 @@ from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
 from experiments.table2 import mean_se
 
-SMALL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["32"], "shown": 10, "clip": False}
-FULL = {"num_samples": ["1000"]}
+SMALL = {"steps": [10, 20, 50, 100, 1000], "num_images": ["32"], "shown": 10, "clip": False}
+FULL = {"num_images": ["1000"]}
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     without = ["extractor", "spacing"]
     args = parse("fig5", __doc__.splitlines()[0], argv, SMALL, FULL, without=without, **help)
     experiment = Experiment("fig5", args)
-    if len(numbers := {experiment.num_samples(s) for s in args.steps}) > 1:
+    if len(numbers := {experiment.num_images(s) for s in args.steps}) > 1:
         raise ValueError(f"fig5 compares the same images at every S, got numbers {numbers}")
     experiment.begin_with_model(data=False)
     steps = sorted(args.steps)
@@ -55,7 +55,7 @@ def agreement(images: np.ndarray, reference: np.ndarray) -> Cell:
     norms = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
     correlation, se = mean_se((x * y).sum(axis=1) / np.maximum(norms, 1e-12))
     return {"correlation": correlation, "se": se, "mse": mse, "mse_se": mse_se,
-            "num_samples": len(images)}  # fmt: skip
+            "num_images": len(images)}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _grid(cells: Sequence[dict[str, Any]], row: str, label: Callable[[str], str]
 
 def _distance_rows(result: dict[str, Any], steps: list[int], counts: dict[int, int]) -> Rows:
     """The floor and the number of samples, under a table of distances."""
-    floors = {f["num_samples"]: _pm(f["distance"], f["se"]) for f in result["floors"]}
+    floors = {f["num_images"]: _pm(f["distance"], f["se"]) for f in result["floors"]}
     nearest = [min(floors, key=lambda n: abs(n - counts[s])) for s in steps]
     return [
         ["real half against half", *(f"{floors[n]} (n = {n:,})" for n in nearest)],
@@ -173,7 +173,7 @@ def _distance_rows(result: dict[str, Any], steps: list[int], counts: dict[int, i
 def _table1(result: dict[str, Any]) -> list[str]:
     cells = result["cells"]
     steps, rows = _grid(cells, "eta", row_label, lambda c: _pm(c["distance"], c["se"]))
-    counts = {c["S"]: c["num_samples"] for c in cells}
+    counts = {c["S"]: c["num_images"] for c in cells}
     rows += _distance_rows(result, steps, counts)
     name = result["name"]
     return [plots.table_html([name, *(f"S = {s}" for s in steps)], rows)]
@@ -187,11 +187,11 @@ def _table2(result: dict[str, Any]) -> list[str]:
     rows = []
     for c in result["cells"]:
         line = [str(c["S"]), _pm(c["error"], c["se"]), _pm(c["source_error"], c["source_se"]),
-                f"{c['num_samples']:,}", _pm(paper.TABLE2.get(c["S"]))]  # fmt: skip
+                f"{c['num_images']:,}", _pm(paper.TABLE2.get(c["S"]))]  # fmt: skip
         e = exact.get(c["S"])
         rows.append(line + (
             [_pm(e["error"], e["se"]), f"{e['converged']:.0%}", _pm(e["converged_error"]),
-             f"{e['num_samples']:,}"] if e else [NOT_RUN, "", "", ""]
+             f"{e['num_images']:,}"] if e else [NOT_RUN, "", "", ""]
         ))  # fmt: skip
     note = '<p class="note">“Its error” is that of the converged images alone.</p>'
     return [plots.table_html(header, rows), note]
@@ -209,7 +209,7 @@ def _fig4(result: dict[str, Any]) -> list[str]:
 def _fig5(result: dict[str, Any]) -> list[str]:
     rows = [
         [c["what"], str(c["S"]), _pm(c["correlation"], c["se"]), _pm(c["mse"], c["mse_se"]),
-         str(c["num_samples"])] for c in result["cells"]
+         str(c["num_images"])] for c in result["cells"]
     ]  # fmt: skip
     header = ["τ", "S", "correlation", "mean squared error, pixels in [0, 1]", "images"]
     return [plots.table_html(header, rows)]
@@ -229,7 +229,7 @@ def _fig6(result: dict[str, Any]) -> list[str]:
 def _discrete(result: dict[str, Any]) -> list[str]:
     c = result["cells"]
     steps, rows = _grid(c["samples"], "row", str, lambda v: _pm(v["distance"], v["se"]))
-    counts = {v["S"]: v["num_samples"] for v in c["samples"]}
+    counts = {v["S"]: v["num_images"] for v in c["samples"]}
     independent = c["independent"]
     rows.append(
         ["independent pixels", *[_pm(independent["distance"], independent["se"])] * len(steps)]
@@ -247,7 +247,7 @@ def _solvers(result: dict[str, Any]) -> list[str]:
     cells = result["cells"]
     steps, rms = _grid(cells, "method", str, lambda c: _pm(c["rms"], c["rms_se"]))
     _, distance = _grid(cells, "method", str, lambda c: _pm(c["distance"], c["se"]))
-    counts = {c["S"]: c["num_samples"] for c in cells}
+    counts = {c["S"]: c["num_images"] for c in cells}
     distance += _distance_rows(result, steps, counts)
     header = [f"S = {s}" for s in steps]
     return [

@@ -25,9 +25,9 @@ from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
 
-SMALL = {"steps": [5, 10, 20], "num_samples": ["150"], "fine_samples": 24, "refine": [5, 10],
+SMALL = {"steps": [5, 10, 20], "num_images": ["150"], "fine_samples": 24, "refine": [5, 10],
          "sweeps": 3, "oracle": False}  # fmt: skip
-FULL = {"steps": [5, 10, 20, 50], "num_samples": ["50000"], "fine_samples": 512, "sweeps": 10}
+FULL = {"steps": [5, 10, 20, 50], "num_images": ["50000"], "fine_samples": 512, "sweeps": 10}
 HELP = {
     "fine_samples": "latents whose fine solution is computed, to choose τ and to judge",
     "refine": "S whose optimised τ is refined on whole runs; 0 for none",
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         raise ValueError(f"--oracle stands in place of a network: no --model, got {args.model!r}")
     if args.oracle:
         experiment.model, args.model = _oracle(), "the exact denoiser of the digits"
-    least = min(experiment.num_samples(s) for s in args.steps)
+    least = min(experiment.num_images(s) for s in args.steps)
     if not 2 <= args.fine_samples <= least:
-        raise ValueError(f"--fine-samples must be in 2..{least}, the least of --num-samples, got "
+        raise ValueError(f"--fine-samples must be in 2..{least}, the least of --num-images, got "
                          f"{args.fine_samples}")  # fmt: skip
     experiment.begin_with_model()
     bench = _Bench(experiment)
@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         if row:
             series[name] = tuple([c[k] for c in row] for k in ("S", "rms", "rms_se"))
     figure = drawing.lines(series, "network calls S", "RMS error to the fine solution")
-    floors = [experiment.floor(n) for n in sorted({c["num_samples"] for c in cells})]
+    floors = [experiment.floor(n) for n in sorted({c["num_images"] for c in cells})]
     caption = (
         f"RMS over pixels and {args.fine_samples} latents of the difference to τ = 1..T, pixels in "
         f"[−1, 1]; bars are one standard error. In the table also {cells[0]['name']} of "
-        f"{cells[0]['num_samples']:,} samples against the data."
+        f"{cells[0]['num_images']:,} samples against the data."
     )
     return experiment.finish(cells, figure, caption, floors=floors, name=cells[0]["name"])
 
@@ -119,7 +119,7 @@ class _Bench:
 
     def judge(self, method: str, tau: np.ndarray, steps: int) -> Cell:
         """Both measures of one solver and τ."""
-        number = self.experiment.num_samples(steps)
+        number = self.experiment.num_images(steps)
         drawn = self.solve(method, self.latents("judge", number), tau)
         fine = self.fine("judge")
         squares = (drawn[: len(fine)].astype(np.float64) - fine) ** 2

@@ -17,9 +17,9 @@ from experiments import drawing
 from experiments.arguments import parse, row_label, run
 from experiments.common import Cell, Experiment, jackknife_blocks, sizes
 
-SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_samples": ["300"],
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_images": ["300"],
          "clip": False}  # fmt: skip
-FULL = {"steps": [10, 20, 50, 100, 1000], "num_samples": ["50000"]}
+FULL = {"steps": [10, 20, 50, 100, 1000], "num_images": ["50000"]}
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:
@@ -31,7 +31,7 @@ def table(experiment: Experiment) -> Cell:
     """All cells (η, S) of the arguments' rows and columns, and the floor beside them."""
     args = experiment.args
     labels = {eta: row_label(eta) for eta in args.eta}
-    counts = {s: experiment.num_samples(s) for s in args.steps}
+    counts = {s: experiment.num_images(s) for s in args.steps}
     for s in args.steps:
         experiment.tau(s)
     experiment.begin_with_model()
@@ -50,7 +50,7 @@ def table(experiment: Experiment) -> Cell:
         series,
         "network calls S",
         name,
-        horizontal={f"real halves, n = {f['num_samples']:,}": f["distance"] for f in floors},
+        horizontal={f"real halves, n = {f['num_images']:,}": f["distance"] for f in floors},
     )
     caption = (
         f"{name} of samples ({sizes(counts)}) against {len(experiment.dataset):,} images of "

@@ -25,13 +25,13 @@ from experiments.common import Cell, Experiment, sizes
 
 SMALL = {
     "steps": [10, 20, 50, 100, 200, 500, 1000],
-    "num_samples": ["48", "500=8", "1000=8"],
+    "num_images": ["48", "500=8", "1000=8"],
     "exact_steps": [10, 20],
     "exact_samples": 16,
     "max_iterations": 100,
 }
 FULL = {
-    "num_samples": ["10000"],
+    "num_images": ["10000"],
     "exact_steps": [10, 20, 50, 100],
     "exact_samples": 1000,
     "max_iterations": 200,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     experiment = Experiment("table2", args)
     if experiment.data_config.name != "digits":  # which have no other split
         experiment.data_config = dataclasses.replace(experiment.data_config, split="test")
-    most = max(args.exact_samples, *(experiment.num_samples(s) for s in args.steps))
+    most = max(args.exact_samples, *(experiment.num_images(s) for s in args.steps))
     if most > len(experiment.dataset):
         name = experiment.dataset.name
         raise ValueError(f"{name} has {len(experiment.dataset)} images, {most} were asked for")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     order = np.random.default_rng(args.seed).permutation(len(experiment.dataset))[:most]
     cells = []
     for s in args.steps:
-        chosen = order[: experiment.num_samples(s)]
+        chosen = order[: experiment.num_images(s)]
         cells.append(
             {"S": s} | experiment.cell(f"plain-S{s}", partial(plain, experiment, s, chosen))
         )
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         "steps S (each way)",
         "mean squared error, pixels in [0, 1]",
     )
-    counts = {s: experiment.num_samples(s) for s in args.steps}
+    counts = {s: experiment.num_images(s) for s in args.steps}
     caption = (
         f"Error per dimension after encoding and decoding images of {experiment.dataset.name} "
         f"({experiment.dataset.split}; {sizes(counts)}; exact inverse: {args.exact_samples:,}), "
@@ -110,7 +110,7 @@ def plain(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
     for where, prefix in (("target", ""), ("source", "source_")):
         parts = [jitted(model.params, x, where) for x in _batches(experiment, chosen)]
         found[prefix + "error"], found[prefix + "se"] = mean_se(np.concatenate(parts))
-    return found | {"num_samples": len(chosen)}
+    return found | {"num_images": len(chosen)}
 
 
 def exact(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
@@ -144,7 +144,7 @@ def exact(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
         "network_calls_per_step": float(
             np.mean([inverse.iterations.mean() for inverse, _ in parts])
         ),
-        "num_samples": len(chosen),
+        "num_images": len(chosen),
     }
 
 

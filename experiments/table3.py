@@ -14,8 +14,8 @@ from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment, not_run
 from experiments.table1 import table
 
-SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1"], "num_samples": ["300"], "clip": False}
-FULL = {"num_samples": ["50000"]}
+SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1"], "num_images": ["300"], "clip": False}
+FULL = {"num_images": ["50000"]}
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:

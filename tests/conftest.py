@@ -1,23 +1,45 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks."""
 
+import gc
 import itertools
+import mmap
 import os
+import pathlib
 
 # Before JAX is imported, and for the processes that tests start. What was compiled once, down to
 # single operations, is read again, which is five times as fast.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# The tests compile much and compute little: without LLVM's passes a quarter of the time goes.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-
 import jax
+import jaxlib
 import pytest
 from hypothesis import HealthCheck, settings
+
+# The tests compile much and compute little: so a program compiles in a quarter of the time.
+FAST = {
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+
+
+def known(flag):
+    """Whether this XLA has the flag; one that it has not would end the process."""
+    libraries = pathlib.Path(jaxlib.__file__).parent.glob("*.so*")
+    library = max(libraries, key=lambda path: path.stat().st_size)
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        return code.find(flag.encode()) >= 0
+
+
+if "XLA_FLAGS" not in os.environ:  # read when JAX first looks for devices
+    os.environ["XLA_FLAGS"] = " ".join(f"--{k}={v}" for k, v in FAST.items() if known(k))
 
 jax.config.update("jax_num_cpu_devices", 8)  # pretended, so that sharding is tested everywhere
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+gc.set_threshold(100_000, 20, 100)  # traces are many objects, and none of them garbage: a tenth
 
 # `make test` tries the same examples everywhere and keeps none; `make test-all` explores, from a
 # seed that it draws and prints: --hypothesis-profile=explore --hypothesis-seed=N.

@@ -54,6 +54,7 @@ def test_bad_arguments_are_refused_at_once(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_has_a_table_for_each_part(tmp_path, monkeypatch):
     monkeypatch.delitem(training.WORK, training.STEP)  # which compiles for long
     path = tmp_path / "training.json"

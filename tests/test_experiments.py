@@ -37,15 +37,15 @@ from experiments import (
 )
 
 TINY = {
-    "table1": "--steps 2 5 --eta 0 hat --num-samples 16 5=24 --batch-size 4 --seed 3",
-    "table2": "--steps 2 5 --num-samples 6 --exact-steps 5 --exact-samples 4 --max-iterations 40",
+    "table1": "--steps 2 5 --eta 0 hat --num-images 16 5=24 --batch-size 4 --seed 3",
+    "table2": "--steps 2 5 --num-images 6 --exact-steps 5 --exact-samples 4 --max-iterations 40",
     "table3": "",
-    "fig3": "--steps 2 --eta 0 hat --num-samples 4 --batch-size 4 --clip",
-    "fig4": "--steps 2 5 8 --num-samples 4 --repeats 2",
-    "fig5": "--steps 2 5 --num-samples 8 --shown 3 --batch-size 4",
+    "fig3": "--steps 2 --eta 0 hat --num-images 4 --batch-size 4 --clip",
+    "fig4": "--steps 2 5 8 --num-images 4 --repeats 2",
+    "fig5": "--steps 2 5 --num-images 8 --shown 3 --batch-size 4",
     "fig6": "--steps 5 --paths 3 --shown 2 --points 5",
-    "discrete": "--steps 2 --num-samples 40 --train-steps 2 --train-batch 8 --bound-images 6",
-    "solvers": "--oracle --steps 2 --num-samples 12 --fine-samples 4 --refine 2 --sweeps 1",
+    "discrete": "--steps 2 --num-images 40 --train-steps 2 --train-batch 8 --bound-images 6",
+    "solvers": "--oracle --steps 2 --num-images 12 --fine-samples 4 --refine 2 --sweeps 1",
 }
 MAINS = {
     module.__name__.split(".")[1]: module.main
@@ -115,13 +115,13 @@ def test_table1_cells_are_what_a_numpy_loop_and_scipy_give(results, eta):
         ours = np.concatenate([np.load(p) for p in sorted(folder.glob("*.npy"))])
         assert np.abs(ours - drawn).max() <= 1
         assert cell["distance"] == pytest.approx(frechet(drawn, data), rel=2e-3)
-        assert (cell["name"], cell["num_samples"]) == ("FD-pixels", number)
+        assert (cell["name"], cell["num_images"]) == ("FD-pixels", number)
         assert 0 < cell["se"] < cell["distance"]
 
 
 def test_table1_has_a_floor_at_each_number_of_samples(results):
     floors = results[1]["table1"]["floors"]
-    assert [f["num_samples"] for f in floors] == [16, 24]
+    assert [f["num_images"] for f in floors] == [16, 24]
     images = load("digits").arrays()["image"].astype(float)
     odd = np.arange(1, len(images), 2)
     some = np.random.default_rng(3).permutation(odd)[:24]
@@ -129,7 +129,7 @@ def test_table1_has_a_floor_at_each_number_of_samples(results):
 
 
 def test_quad_takes_the_steps_that_the_authors_visit(tmp_path):
-    words = "--spacing quad --steps 100 --eta 0 --num-samples 4 --batch-size 4"
+    words = "--spacing quad --steps 100 --eta 0 --num-images 4 --batch-size 4"
     result = table1.main([*words.split(), "--out", str(tmp_path / "quad")])
     assert result["cells"][0]["network_calls"] == 96
     (settings,) = tmp_path.glob("quad/samples/*/settings.json")
@@ -229,7 +229,7 @@ def test_solvers_choose_and_judge(results):
     cells = {c["method"]: c for c in results[1]["solvers"]["cells"]}
     assert len(cells) == 3 + 2 + 1 + 9
     assert cells["DDIM, refined"]["rms"] < cells["Eq. 15, linear"]["rms"]
-    assert all(c["fine_samples"] == 4 and c["num_samples"] == 12 for c in cells.values())
+    assert all(c["fine_samples"] == 4 and c["num_images"] == 12 for c in cells.values())
 
 
 def as_v(model):
@@ -289,7 +289,7 @@ def test_results_say_where_they_come_from(results):
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    argv = ["--steps", "2", "--eta", "0", "1", "--num-samples", "8", "--batch-size", "4"]
+    argv = ["--steps", "2", "--eta", "0", "1", "--num-images", "8", "--batch-size", "4"]
     argv += ["--out", str(tmp_path / "a")]
     score, calls = table1._score, []
 
@@ -327,23 +327,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_not_run_makes_way_for_a_run(tmp_path):
     table3.main(["--out", str(tmp_path)])
-    argv = ["--model", "digits", "--steps", "2", "--num-samples", "8", "--batch-size", "4"]
+    argv = ["--model", "digits", "--steps", "2", "--num-images", "8", "--batch-size", "4"]
     assert table3.main([*argv, "--out", str(tmp_path)])["status"] == "run"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--eta", "DDPM"], r"takes numbers in \[0, 1\] and 'hat', got 'DDPM'"),
+        (["--eta", "DDPM"], r"numbers in \[0, 1\], 'hat' and methods .*, got 'DDPM'"),
         (["--eta", "2"], "got '2'"),
         (["--eta", "0", "0.0"], "--eta must not name a value twice"),
         (["--steps", "5", "5"], "--steps must not name a value twice"),
         (["--seed", "-1"], r"--seed must be in 0..2\*\*32 - 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--num-samples", "20", "30"], "takes one number, and S=N .* got 20 30"),
-        (["--num-samples", "20", "7=25"], "takes one number, and S=N .* got 20 7=25"),
-        (["--num-samples", "many"], "takes a number N"),
-        (["--num-samples", "10=100"], "takes a number N"),
+        (["--num-images", "20", "30"], "takes one number, and S=N .* got 20 30"),
+        (["--num-images", "20", "7=25"], "takes one number, and S=N .* got 20 7=25"),
+        (["--num-images", "many"], "takes a number N"),
+        (["--num-images", "10=100"], "takes a number N"),
         (["--extractor", "vgg"], "must be pixels"),
         (["--extractor", "resnet56"], "must be pixels"),
         (["--spacing", "cubic"], "unknown spacing"),
@@ -360,14 +360,14 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, words, m
 @pytest.mark.parametrize(
     ("main", "words", "message"),
     [
-        (fig4.main, "--steps 2 5 7 --num-samples 4 2=8", "fig4 times one batch at every S"),
+        (fig4.main, "--steps 2 5 7 --num-images 4 2=8", "fig4 times one batch at every S"),
         (fig4.main, "--repeats 0", "--repeats must be at least 1"),
         (fig4.main, "--steps 2 5 2000", "S = 2000 and T = 1000"),
         (table2.main, "--exact-steps 3000", "S = 3000 and T = 1000"),
         (table2.main, "--exact-samples 1", "--exact-samples must be at least 2"),
-        (table2.main, "--num-samples 5000", "digits has 1797 images, 5000 were asked for"),
+        (table2.main, "--num-images 5000", "digits has 1797 images, 5000 were asked for"),
         (solvers.main, "--oracle --model digits", "--oracle stands in place of a network"),
-        (solvers.main, "--fine-samples 200", "in 2..150, the least of --num-samples, got 200"),
+        (solvers.main, "--fine-samples 200", "in 2..150, the least of --num-images, got 200"),
     ],
 )
 def test_so_are_those_of_other_experiments(tmp_path, main, words, message):
@@ -387,7 +387,7 @@ def test_options_without_a_use_are_not_taken(main, option, capsys):
 
 
 def test_a_folder_belongs_to_one_network(tmp_path):
-    words = ["--steps", "2", "--eta", "0", "--num-samples", "4", "--out", str(tmp_path / "new")]
+    words = ["--steps", "2", "--eta", "0", "--num-images", "4", "--out", str(tmp_path / "new")]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "settings.json.0123.tmp").touch()  # of a run killed at once
     first = table1.main(words)

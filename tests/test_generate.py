@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import ddim_jax as ddim
-from ddim_jax.generation import shards as module
+from ddim_jax.generation import drawing
 from ddim_jax.generation.drawing import make_draw
 from ddim_jax.generation.shards import generate, iter_shards
 from ddim_jax.networks.unet import UNetConfig
@@ -118,22 +118,24 @@ def test_they_are_those_of_a_plain_sampler(digits, draw, options):
 def test_the_number_of_devices_changes_no_bit(digits, draw):
     folders = [
         draw(
-            f"on {n}", digits, 40, 3, eta=1.0, batch_size=4, shard_size=8, devices=jax.devices()[:n]
+            f"on {n}", digits, 24, 2, eta=1.0, batch_size=4, shard_size=8, devices=jax.devices()[:n]
         )
-        for n in (1, 2, 4, 8)
+        for n in (1, 2, 8)
     ]
-    assert len(contents(folders[0])) == 6
+    assert len(contents(folders[0])) == 4
     for folder in folders[1:]:
         assert contents(folder) == contents(folders[0])
 
 
 def test_the_batch_size_changes_rounding_alone(digits, draw):
     a, b = (
-        images(draw(f"by {size}", digits, 120, 10, batch_size=size, shard_size=120)).astype(int)
+        images(draw(f"by {size}", digits, 120, 4, batch_size=size, shard_size=120)).astype(int)
         for size in (8, 15)
     )
     assert np.abs(a - b).max() <= 1
-    assert np.mean(a != b) < 1e-3
+    assert (
+        np.mean(a != b) < 3e-3
+    )  # where x differs by 1e-5, at most one pixel in 1 / (127.5 · 2e-5)
 
 
 def test_tau_itself_may_be_given(draw):
@@ -286,7 +288,7 @@ def test_one_batch_is_in_flight_while_the_last_is_fetched():
         log.append(f"draw {batch[0]}")
         return jnp.asarray(batch), jnp.asarray(batch >= 0)
 
-    for batch in module._batches(draw, np.arange(0, 5, dtype=np.uint32), 2, 1):
+    for batch in drawing.batches_of(draw, np.arange(0, 5, dtype=np.uint32), 2, 1):
         log.append(f"got {batch[0]}")
     assert log == ["draw 0", "draw 2", "got 0", "draw 4", "got 2", "got 4"]
 
@@ -420,7 +422,7 @@ def test_two_real_processes_of_two_devices_draw_the_same(draw, tmp_path):
     arguments = [sys.executable, "-c", PROCESS, tmp_path / "by two", port]
     processes = [subprocess.Popen([*arguments, str(p)], env=CPU) for p in range(2)]
     try:
-        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

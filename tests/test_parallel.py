@@ -32,7 +32,8 @@ MODEL = UNetConfig(
     attention_resolutions=(),
     num_classes=10,
 )
-SLOW = [pytest.param(*mesh, True, marks=pytest.mark.slow) for mesh in ((8, 1), (4, 2), (1, 8))]
+MESHES = [(8, 1, False), (4, 2, False), (1, 8, False)]
+SLOW = [(2, 1, False), (4, 1, False), (8, 1, True), (4, 2, True), (1, 8, True)]
 TRAIN = TrainConfig(batch_size=16, warmup_steps=5, learning_rate=1e-3, flip=True)
 
 
@@ -85,7 +86,7 @@ def alone(unet=False):
 
 @pytest.mark.parametrize(
     ("data", "fsdp", "unet"),
-    [(2, 1, False), (4, 1, False), (8, 1, False), (4, 2, False), (1, 8, False), *SLOW],
+    [*MESHES, *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in SLOW)],
 )
 def test_losses_do_not_depend_on_the_devices(data, fsdp, unet):
     # The steps add the same numbers in another order, and carry what was rounded on: 100 EPS.
@@ -202,7 +203,7 @@ def losses_of(directory):
 
 @pytest.mark.parametrize("resumed_by", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_are_one_run_stopped_and_resumed(tmp_path, resumed_by):
-    train = {"batch_size": 16, "num_steps": 20, "log_every": 1, "checkpoint_every": 5,
+    train = {"batch_size": 16, "num_updates": 20, "log_every": 1, "checkpoint_every": 5,
              "warmup_steps": 5, "sample_every": 0}  # fmt: skip
     worker.train(tmp_path / "one", train)  # in this process, on its eight devices
 

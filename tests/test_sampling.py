@@ -68,13 +68,13 @@ def test_golden_sums(schedule, tau, prediction, total):
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "tolerance"), [(10, 1e-5), (50, 1e-5), (100, 1e-5), (1000, 5e-5)]
+    ("steps", "tolerance"), [(10, 1e-5), (50, 1e-5), (100, 1e-5), (1000, 5e-5)]
 )
 @pytest.mark.parametrize("spacing", ["linear", "quadratic"])
-def test_float32_against_float64_numpy(num_samples, tolerance, spacing):
+def test_float32_against_float64_numpy(steps, tolerance, spacing):
     denoise, numpy_eps = exact_gaussian(mean=0.4, variance=0.09)
     x_T = np.asarray(ddim.initial_noise(jax.random.key(1), 16, (32,)))
-    tau = ddim.timesteps(1000, num_samples, spacing)
+    tau = ddim.timesteps(1000, steps, spacing)
     want = reference.ddim_loop(numpy_eps, x_T, A, tau)
     for got in (
         ddim.sample(denoise, x_T, SCHEDULE, tau),
@@ -95,8 +95,8 @@ def test_one_step_is_as_good_as_float32_eps():
 
 
 @pytest.mark.parametrize("eta", [0.2, 1.0])
-@pytest.mark.parametrize("num_samples", [10, 100])
-def test_noisy_float32_against_float64_numpy(eta, num_samples):
+@pytest.mark.parametrize("steps", [10, 100])
+def test_noisy_float32_against_float64_numpy(eta, steps):
     """The same noise, drawn per (key, image, t) as documented, in a float64 loop."""
     denoise, numpy_eps = exact_gaussian(mean=0.4, variance=0.09)
     key = jax.random.key(3)
@@ -106,7 +106,7 @@ def test_noisy_float32_against_float64_numpy(eta, num_samples):
         fold = jax.random.fold_in
         return np.stack([jax.random.normal(fold(fold(key, i), t), (8,)) for i in range(4)])
 
-    tau = ddim.timesteps(1000, num_samples)
+    tau = ddim.timesteps(1000, steps)
     want = reference.ddim_loop(numpy_eps, x_T, A, tau, eta, noise)
     got = ddim.sample(denoise, x_T, SCHEDULE, tau, eta, key)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
@@ -165,8 +165,8 @@ def test_make_sampler_is_sample():
 
 
 def test_memory_does_not_grow_with_s():
-    def temporary_bytes(num_samples):
-        tau = ddim.timesteps(1000, num_samples)
+    def temporary_bytes(steps):
+        tau = ddim.timesteps(1000, steps)
         run = jax.jit(lambda x: ddim.sample(exact, x, SCHEDULE, tau, 0.5, jax.random.key(0)))
         memory = run.lower(jnp.zeros((64, 32, 32, 3))).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -212,12 +212,12 @@ def test_the_variance_trap():
 
 
 @pytest.mark.parametrize("spacing", ["linear", "quadratic", "logsnr"])
-@pytest.mark.parametrize("num_samples", [5, 20, 100])
+@pytest.mark.parametrize("steps", [5, 20, 100])
 @pytest.mark.parametrize(
     ("eta", "hat"), [(0.0, False), (0.2, False), (0.5, False), (1.0, False), (1.0, True)]
 )
-def test_variance_of_every_eta_and_tau(spacing, num_samples, eta, hat):
-    tau = ddim.timesteps(1000, num_samples, spacing, schedule=SCHEDULE)
+def test_variance_of_every_eta_and_tau(spacing, steps, eta, hat):
+    tau = ddim.timesteps(1000, steps, spacing, schedule=SCHEDULE)
     n = 20_000
     x_T = ddim.initial_noise(jax.random.key(0), n, (1,))
     key = jax.random.key(1)

@@ -4,11 +4,13 @@
 import dataclasses
 import inspect
 import pathlib
+import sys
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
+from ddim_jax.arrays import import_name
 from ddim_jax.cli.options import ProcessOptions, check_writable, describe
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import abstract_params, build, count_params
@@ -21,9 +23,11 @@ from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import to_facts
 
+# A preset of the user's own, module:function, is one more choice, if the line asks for it.
+MAKERS = {**PRESETS, **{w: import_name(w, "preset") for w in sys.argv[2:3] if ":" in w}}
 CHOICE: Any = tyro.extras.subcommand_type_from_defaults(
-    {name: make() for name, make in PRESETS.items()},
-    {name: inspect.getdoc(make) or "" for name, make in PRESETS.items()},
+    {name: make() for name, make in MAKERS.items()},
+    {name: inspect.getdoc(make) or "" for name, make in MAKERS.items()},
     prefix_names=False,
 )
 
@@ -42,7 +46,7 @@ def train(
     SIGTERM or Ctrl-C saves and exits with code 75; the same command with --resume auto goes on.
 
     Args:
-      preset: what to train.
+      preset: what to train, or module:function of your own, which returns a `Preset`.
       out: the run folder, runs/PRESET by default.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       resume: "never": `out` must not hold a run. "must": continue from its last checkpoint.

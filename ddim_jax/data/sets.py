@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ddim_jax.arrays import import_name
 from ddim_jax.data import tfds as _tfds
 from ddim_jax.data.tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
 from ddim_jax.data.tfds import prepare as prepare
 
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a version begins with a digit: "mnist:3.0.1"
 Transform = Callable[[np.ndarray], np.ndarray]
 Take = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -106,7 +108,8 @@ def load(
     """Opens an image data set by name; its images are decoded when first asked for.
 
     Args:
-      name: "digits", or a TFDS data set ("mnist", "cifar10", "lsun/bedroom", "mnist:3.0.1"); of
+      name: "digits"; "module:function", called with (split, transform), which returns a `Dataset`;
+        or a TFDS data set ("mnist", "cifar10", "lsun/bedroom", "mnist:3.0.1"); of
         several prepared versions the newest.
       split: a split with an optional slice, as in TFDS: "train", "test", "train[:50%]",
         "train[1000:]". All 1,797 digits are "train"; they are ordered by writer, so unbiased
@@ -133,9 +136,11 @@ def load(
     """
     if on_corrupt not in ("stop", "skip"):
         raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
-    _tfds.check_name(name)
     if name == "digits":
         return _digits(split, transform)
+    if OWN.fullmatch(name):
+        return _own(name, split, transform)
+    _tfds.check_name(name)
     records = _tfds.records(name, split, _tfds.resolve(data_dir))
     title = f"{records.full_name} {split}"
     if not len(records):
@@ -166,6 +171,14 @@ def available(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
       True
     """
     return ["digits", *sorted({name for name, _ in _tfds.prepared(_tfds.resolve(data_dir))})]
+
+
+def _own(name: str, split: str, transform: Transform | None) -> Dataset:
+    """What a function of the user's returns."""
+    made = import_name(name, "data set")(split, transform)
+    if not isinstance(made, Dataset):
+        raise TypeError(f"{name} must return a ddim_jax.data.Dataset, got {type(made).__name__}")
+    return made
 
 
 def _digits(split: str, transform: Transform | None) -> Dataset:

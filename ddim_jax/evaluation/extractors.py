@@ -5,7 +5,6 @@ The name of every figure comes from here: "FID" and "KID" belong to one file of 
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ddim_jax.arrays import import_name
 from ddim_jax.evaluation import inception as inception_network
 from ddim_jax.evaluation import inception_weights
 from ddim_jax.evaluation import resnet56 as resnet56_network
@@ -225,7 +225,4 @@ def parse_extractor(text: str) -> Callable[[], Extractor]:
             "extractor must be pixels, resnet56:FILE, inception:FILE or module:function, got "
             f"{text!r}"
         )
-    try:
-        return getattr(importlib.import_module(name), rest)
-    except AttributeError as error:
-        raise ValueError(f"module {name} has no extractor {rest!r}") from error
+    return import_name(text, "extractor")

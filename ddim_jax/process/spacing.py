@@ -11,7 +11,7 @@ from ddim_jax.process.schedule import Schedule
 
 def timesteps(
     num_steps: int,
-    num_samples: int,
+    steps: int,
     spacing: str = "linear",
     *,
     schedule: Schedule | None = None,
@@ -37,7 +37,7 @@ def timesteps(
 
     Args:
       num_steps: T ≥ 1, `schedule.num_steps`.
-      num_samples: S in 1..T, the number of network calls.
+      steps: S in 1..T, the number of network calls.
       spacing: one of the names above.
       schedule: the `Schedule`, for `"logsnr"` alone.
       exact: whether anything but exactly S steps is an error.
@@ -55,12 +55,12 @@ def timesteps(
       >>> ddim.timesteps(1000, 5, "quadratic").tolist()
       [40, 160, 360, 640, 1000]
     """
-    for name, value in (("num_steps (T)", num_steps), ("num_samples (S)", num_samples)):
+    for name, value in (("num_steps (T)", num_steps), ("steps (S)", steps)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 1 <= num_samples <= num_steps:
+    if not 1 <= steps <= num_steps:
         raise ValueError(
-            f"need 1 <= S <= T, got S = {num_samples} and T = {num_steps}: a sampler cannot visit "
+            f"need 1 <= S <= T, got S = {steps} and T = {num_steps}: a sampler cannot visit "
             "more steps than the schedule has"
         )
     if spacing == "logsnr":
@@ -70,17 +70,17 @@ def timesteps(
             raise ValueError(
                 f"num_steps is {num_steps} but schedule.num_steps is {schedule.num_steps}"
             )
-        tau = _log_snr(schedule, num_samples)
+        tau = _log_snr(schedule, steps)
     elif spacing in _SPACINGS:
-        tau = _SPACINGS[spacing](int(num_steps), int(num_samples))
+        tau = _SPACINGS[spacing](int(num_steps), int(steps))
     else:
         names = ", ".join(repr(n) for n in (*_SPACINGS, "logsnr"))
         raise ValueError(f"unknown spacing {spacing!r}; choose one of {names}")
     distinct = np.unique(tau)
-    if exact and (len(distinct) != num_samples or len(tau) != num_samples):
+    if exact and (len(distinct) != steps or len(tau) != steps):
         raise ValueError(
             f"spacing {spacing!r} yields {len(tau)} steps, {len(distinct)} of them distinct, where "
-            f"S = {num_samples} were asked for (T = {num_steps}); pass exact=False to take the "
+            f"S = {steps} were asked for (T = {num_steps}); pass exact=False to take the "
             f"{len(distinct)} distinct ones, or choose another spacing or S"
         )
     return as_timesteps(distinct, num_steps)
@@ -130,26 +130,26 @@ def _increasing(tau: np.ndarray, num_steps: int) -> np.ndarray:
     return i + slack
 
 
-def _quadratic(num_steps: int, num_samples: int) -> np.ndarray:
-    i = np.arange(1, num_samples + 1)
-    return np.maximum(i, num_steps * i**2 // num_samples**2)
+def _quadratic(num_steps: int, steps: int) -> np.ndarray:
+    i = np.arange(1, steps + 1)
+    return np.maximum(i, num_steps * i**2 // steps**2)
 
 
-def _quad(num_steps: int, num_samples: int) -> np.ndarray:
-    return 1 + (np.linspace(0, np.sqrt(0.8 * num_steps), num_samples) ** 2).astype(int)
+def _quad(num_steps: int, steps: int) -> np.ndarray:
+    return 1 + (np.linspace(0, np.sqrt(0.8 * num_steps), steps) ** 2).astype(int)
 
 
-def _linspace(num_steps: int, num_samples: int) -> np.ndarray:
-    if num_samples == 1:
+def _linspace(num_steps: int, steps: int) -> np.ndarray:
+    if steps == 1:
         return np.array([num_steps])
-    i = np.arange(num_samples)
-    return 1 + np.rint(i * (num_steps - 1) / (num_samples - 1)).astype(int)
+    i = np.arange(steps)
+    return 1 + np.rint(i * (num_steps - 1) / (steps - 1)).astype(int)
 
 
-def _log_snr(schedule: Schedule, num_samples: int) -> np.ndarray:
+def _log_snr(schedule: Schedule, steps: int) -> np.ndarray:
     log_snr = np.asarray(schedule.log_snr, np.float64)[1:]
     last = log_snr[np.isfinite(log_snr)][-1]
-    grid = np.linspace(last, log_snr[0], num_samples)[::-1]
+    grid = np.linspace(last, log_snr[0], steps)[::-1]
     nearest = 1 + np.abs(log_snr[None, :] - grid[:, None]).argmin(axis=1)
     nearest[-1] = schedule.num_steps
     return _increasing(nearest, schedule.num_steps)

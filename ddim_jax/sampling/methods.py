@@ -6,7 +6,6 @@ A new one is a new file with such a function, and a line in `METHODS`; or stays 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax.arrays import ArrayLike, is_concrete
+from ddim_jax.arrays import ArrayLike, import_name, is_concrete
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.adams_bashforth import adams_bashforth, pf_euler
@@ -103,6 +102,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adams-bashforth-4": partial(adams_bashforth, 4),
     "pf-euler": pf_euler,
 }
+"""Name → a function that returns the method; what `--method` knows."""
 
 
 def find_method(name: str, eta: float = 0.0) -> Method:
@@ -127,15 +127,11 @@ def find_method(name: str, eta: float = 0.0) -> Method:
         raise ValueError(f'eta = {eta:g} goes with method "ddim"; {name!r} has no eta')
     if name in METHODS:
         return METHODS[name](eta) if name == "ddim" else METHODS[name]()
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if ":" not in name:
         raise ValueError(
             f"unknown method {name!r}; choose {', '.join(METHODS)}, or module:function"
         )
-    try:
-        return getattr(importlib.import_module(module), attribute)()
-    except AttributeError as error:
-        raise ValueError(f"module {module} has no method {attribute!r}") from error
+    return import_name(name, "method")()
 
 
 def _along(name: str, value: Any, t: Any) -> Any:

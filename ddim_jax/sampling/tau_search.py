@@ -89,7 +89,7 @@ def step_errors(
     return StepErrors(t, jnp.where(later, jnp.inf, error), _mean_rms(x_T[None] - x_t))
 
 
-def optimise_timesteps(errors: StepErrors, num_samples: int) -> np.ndarray:
+def optimise_timesteps(errors: StepErrors, steps: int) -> np.ndarray:
     """The S timesteps whose steps have the least total squared error, by dynamic programming.
 
     τ = argmin e(T, τ_S)² + Σ_i e(τ_i, τ_{i−1})², with τ_0 = 0, the minimum over all τ of
@@ -98,7 +98,7 @@ def optimise_timesteps(errors: StepErrors, num_samples: int) -> np.ndarray:
 
     Args:
       errors: from `step_errors`; one estimate serves every S.
-      num_samples: S in 1..G.
+      steps: S in 1..G.
 
     Returns:
       (S,) int32 τ, as `timesteps` returns; τ_S may be below T.
@@ -116,16 +116,14 @@ def optimise_timesteps(errors: StepErrors, num_samples: int) -> np.ndarray:
       [5, 10, 20]
     """
     t, error, start = (np.asarray(v) for v in errors)
-    if isinstance(num_samples, bool) or not 1 <= num_samples <= len(t):
-        raise ValueError(
-            f"num_samples (S) must be in 1..{len(t)}, the number of candidates, got {num_samples}"
-        )
+    if isinstance(steps, bool) or not 1 <= steps <= len(t):
+        raise ValueError(f"steps (S) must be in 1..{len(t)}, the number of candidates, got {steps}")
     if np.isnan(error).any() or np.isnan(start).any():
         raise ValueError("errors hold NaN: the denoiser's trajectory is not finite")
     cost = np.where(np.tri(len(t), len(t) + 1, dtype=bool), error.astype(np.float64) ** 2, np.inf)
     best = np.append(0.0, np.full(len(t), np.inf))  # least total from s down to 0 in k steps
     choices = []
-    for _ in range(num_samples):
+    for _ in range(steps):
         total = cost + best
         choices.append(total.argmin(1))
         best = np.append(np.inf, total.min(1))

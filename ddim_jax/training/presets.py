@@ -21,7 +21,7 @@ from ddim_jax.training.step import TrainConfig
 class DataConfig:
     """The images to learn from."""
 
-    name: str = "digits"  # "digits", or any image data set that TFDS has prepared
+    name: str = "digits"  # "digits", a data set that TFDS has prepared, or module:function
     split: str = "train"
     crop: tuple[int, int, int, int] | None = None  # first cut out (top, left, height, width)
     resize: int | None = None  # then bring the shorter side to this, and cut out the centre square
@@ -67,7 +67,7 @@ def digits() -> Preset:
         ),
         TrainConfig(
             batch_size=32,
-            num_steps=3600,
+            num_updates=3600,
             prediction="v",
             learning_rate=2e-3,
             warmup_steps=100,
@@ -103,7 +103,7 @@ def mnist() -> Preset:
         ),
         TrainConfig(
             batch_size=32,
-            num_steps=1200,
+            num_updates=1200,
             prediction="x_0",
             learning_rate=1e-3,
             warmup_steps=100,
@@ -128,7 +128,7 @@ def cifar10() -> Preset:
         DataConfig("cifar10"),
         ScheduleConfig(),
         UNetConfig(),
-        TrainConfig(batch_size=128, num_steps=800_000, flip=True),
+        TrainConfig(batch_size=128, num_updates=800_000, flip=True),
     )
 
 
@@ -143,7 +143,7 @@ def celeba64() -> Preset:
         DataConfig("celeb_a", crop=(57, 25, 128, 128), resize=64),
         ScheduleConfig(),
         UNetConfig(image_size=64, multipliers=(1, 2, 2, 2, 4)),
-        TrainConfig(batch_size=128, num_steps=500_000, flip=True),
+        TrainConfig(batch_size=128, num_updates=500_000, flip=True),
     )
 
 
@@ -161,7 +161,7 @@ def lsun256() -> Preset:
         UNetConfig(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0),
         TrainConfig(
             batch_size=64,
-            num_steps=2_400_000,
+            num_updates=2_400_000,
             learning_rate=2e-5,
             flip=True,
         ),

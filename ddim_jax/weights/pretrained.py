@@ -204,9 +204,9 @@ def _read_run(
         raise ValueError(
             "this run does not say its network, as fit(...) was given no facts. If it is a U-Net "
             "of ddim_jax, pass config=UNetConfig(...) and schedule=ScheduleConfig(...). Of a "
-            "network of your own read the moving average by ddim_jax.storage.checkpoint.restore_part("
-            f"{str(folder)!r}, 'ema'), and sample with make_sampler. Of the next run load_model "
-            "knows more with fit(..., facts=to_facts(schedule, config))"
+            "network of your own read the moving average by ddim_jax.storage.checkpoint."
+            f"restore_part({str(folder)!r}, 'ema'), and sample with make_sampler. Of the next run "
+            "load_model knows more with fit(..., facts=to_facts(schedule, config))"
         )
     return Contents(restore_part(folder, part, step), config, None, "eps", facts)
 
