@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
-from ddim_jax.evaluation import Moments, frechet_distance, moments
+from ddim_jax.evaluation import frechet_distance, moments
 from ddim_jax.networks.unet import build, count_params
 from ddim_jax.pictures import plots
-from ddim_jax.pictures.images import to_model
+from ddim_jax.pictures.images import grid, to_model
 from ddim_jax.process.spacing import timesteps
 from ddim_jax.sampling import initial_noise, make_sampler, trajectory
 from ddim_jax.storage.files import write_whole
@@ -25,26 +26,27 @@ from ddim_jax.training.presets import digits
 from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import Model, load_model, to_facts
 
-STEPS = (10, 20, 50, 100)
-ETAS = (0.0, 0.5, 1.0)
-HEADLINE = (50, 0.0)  # the S and η that are scored on ten times as many samples
+STEPS = (10, 20, 50)
+ETAS = (0.0, 1.0)
 CHUNK = 100  # images in one call of the sampler
+SHOWN = 36  # images in a panel
+Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels in [−1, 1]
 
 
 def run(
     out: pathlib.Path,
     num_updates: int | None = None,
-    num_samples: int = 200,
+    num_samples: int = 500,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
-    """Train the digits preset, sample it, and write pictures, figures and a page into one folder.
+    """Train on the digits, sample, and write pictures, figures and a page into one folder.
 
     A folder whose training was interrupted is taken up where its last checkpoint left it.
 
     Args:
       out: the folder, new, empty, or an interrupted demo's.
-      num_updates: training steps, the preset's by default.
-      num_samples: samples behind each Fréchet distance, ten times as many for S = 50, η = 0.
+      num_updates: training steps; by default half of the digits preset's, which make its pictures.
+      num_samples: samples behind each Fréchet distance.
       say: told what is going on.
 
     Returns:
@@ -52,6 +54,7 @@ def run(
 
     Raises:
       FileExistsError: the folder holds a finished demo, or something else.
+      ValueError: num_samples is too small for a distance.
     """
     page = out / "index.html"
     if page.exists():
@@ -59,10 +62,14 @@ def run(
     run_folder = out / "run"
     if out.exists() and any(out.iterdir()) and not run_folder.exists():
         raise FileExistsError(f"{out} is not empty and holds no demo; choose another --out")
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
     began = time.perf_counter()
     preset = digits()
     train = dataclasses.replace(
-        preset.train, num_updates=preset.train.num_updates if num_updates is None else num_updates
+        preset.train,
+        num_updates=preset.train.num_updates // 2 if num_updates is None else num_updates,
+        sample_every=0,
     )
     dataset = load(preset.data.name)
     apply_fn, params = build(preset.model, jax.random.key(train.seed))
@@ -77,138 +84,153 @@ def run(
         dataset,
         train,
         run_folder,
-        facts=to_facts(preset.schedule, preset.model),
+        facts=to_facts(preset.schedule, preset.model, train.prediction),
         resume="auto",
     )
     trained = time.perf_counter() - began
-    say(f"sampling {len(STEPS) * len(ETAS)} x {num_samples} digits")
+    say(f"sampling {len(STEPS) * len(ETAS)} × {num_samples} digits")
     model = load_model(run_folder)
-    cells, scores = draw_cells(model, dataset, num_samples)
-    count, eta = HEADLINE
-    best = draw_cells(model, dataset, 10 * num_samples, steps=[count], etas=[eta])[1][eta, count]
-    floor, few = half_against_half(dataset), some_against_all(dataset, num_samples)
-    strip = _trajectory(model)
-    seconds = time.perf_counter() - began
+    cells = draw_cells(model, num_samples)
+    scores = {cell: score(images, dataset) for cell, images in cells.items()}
+    floor = floor_of(dataset, num_samples)
     results = {
         "frechet_pixels": {f"eta={e:g},S={s}": v for (e, s), v in scores.items()},
-        "frechet_pixels_real_half_against_real_half": floor,
-        "frechet_pixels_as_many_real_against_all_real": few,
+        "frechet_pixels_real": floor,
         "num_samples": num_samples,
-        "headline": {"S": count, "eta": eta, "num_samples": 10 * num_samples, "frechet": best},
         "training_seconds": trained,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - began,
         "train": dataclasses.asdict(train),
     }
     pictures = {
-        "samples.png": (
-            plots.png_bytes(plots.sample_table({k: v[:36] for k, v in cells.items()}, scores)),
-            "Digits drawn by the network trained here. Every panel starts from the same x_T: at "
-            "η = 0 the same latents give the same digits whatever the number of steps S.",
-        ),
-        "trajectory.png": (
-            strip,
-            "x_t and the prediction x̂_0 on the way from noise to digit, η = 0, S = 50.",
-        ),
-        "loss.png": (
-            plots.png_bytes(plots.loss_curve(read_metrics(run_folder / "metrics.jsonl"))),
-            "Training loss: the mean squared error of the predicted noise.",
-        ),
+        "samples.png": plots.sample_table({k: v[:SHOWN] for k, v in cells.items()}, scores),
+        "trajectory.png": _trajectory(model),
+        "loss.png": plots.loss_curve(read_metrics(run_folder / "metrics.jsonl")),
     }
-    for name, (png, _) in pictures.items():
+    drawn = {name: plots.png_bytes(figure) for name, figure in pictures.items()}
+    for name, png in drawn.items():
         write_whole(out / name, png)
     write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    write_whole(page, _page(scores, floor, few, results, pictures).encode())  # last: it is finished
+    html = _page(out, dataset, cells, scores, results, drawn)
+    write_whole(page, html.encode())  # last: it is finished
     return page
 
 
 def draw_cells(
     model: Model,
-    dataset: Dataset,
     num_samples: int,
     seed: int = 0,
     steps: Sequence[int] | None = None,
-    etas: Sequence[float] = ETAS,
-) -> tuple[dict[tuple[float, int], np.ndarray], dict[tuple[float, int], float]]:
-    """Samples and their pixel-space Fréchet distance to the data, for every (η, S).
+    etas: Sequence[float] | None = None,
+) -> Cells:
+    """Samples for every (η, S), the same x_T in each; one program for each S.
 
     Args:
       model: the trained model.
-      dataset: the data to compare with.
-      num_samples: images a cell; the same x_T in every cell.
+      num_samples: images a cell.
       seed: of x_T and of the noise.
       steps: the values of S, `STEPS` by default.
-      etas: the values of η.
+      etas: the values of η, `ETAS` by default.
 
     Returns:
-      ({(η, S): (n, H, W, C)}, {(η, S): distance}), pixels in [−1, 1].
+      {(η, S): (n, H, W, C)}, pixels in [−1, 1].
     """
-    reference = moments(np.asarray(to_model(dataset.arrays()["image"])))
+    steps, etas = STEPS if steps is None else steps, ETAS if etas is None else etas
     key, noise_key = jax.random.split(jax.random.key(seed))
-    cells, scores = {}, {}
-    for count in STEPS if steps is None else steps:
-        tau = timesteps(model.schedule.num_steps, count)
-        sampler = make_sampler(model, tau)
-        for eta in etas:
-            parts = []
-            for start in range(0, num_samples, CHUNK):
-                indices = np.arange(start, min(start + CHUNK, num_samples))
-                x_T = initial_noise(key, indices, model.image_shape)
-                parts.append(np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta)))
-            cells[eta, count] = np.concatenate(parts)
-            scores[eta, count] = frechet_distance(moments(cells[eta, count]), reference)
-    return cells, scores
+    chunks = [
+        np.arange(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)
+    ]
+    cells = {}
+    with tqdm(total=num_samples * sum(steps) * len(etas), unit="call", unit_scale=True) as bar:
+        for count in steps:
+            sampler = make_sampler(model, timesteps(model.schedule.num_steps, count))
+            for eta in etas:
+                parts = []
+                for indices in chunks:
+                    x_T = initial_noise(key, indices, model.image_shape)
+                    parts.append(np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta)))
+                    bar.update(len(indices) * count)
+                cells[eta, count] = np.concatenate(parts)
+    return cells
 
 
-def half_against_half(dataset: Dataset) -> float:
-    """The distance between the even and the odd images of the data: the floor for any model."""
-    images = np.asarray(to_model(dataset.arrays()["image"]))
-    halves: list[Moments] = [moments(images[i::2]) for i in (0, 1)]
-    return frechet_distance(*halves)
+def score(images: np.ndarray, dataset: Dataset) -> float:
+    """The Fréchet distance in pixel space of images in [−1, 1] to all of the data."""
+    return frechet_distance(moments(images), moments(_pixels(dataset)))
 
 
-def some_against_all(dataset: Dataset, size: int) -> float:
-    """The distance of `size` random images of the data to all of it: what few samples cost."""
-    images = np.asarray(to_model(dataset.arrays()["image"]))
-    some = np.random.default_rng(0).choice(len(images), min(size, len(images)), replace=False)
-    return frechet_distance(moments(images[some]), moments(images))
+def floor_of(dataset: Dataset, size: int, draws: int = 20) -> float:
+    """What `size` images drawn from the data, with replacement, score on average against all of it.
+
+    That is the expected distance of a perfect sampler of the data: few samples score high.
+    """
+    real, rng = _pixels(dataset), np.random.default_rng(0)
+    some = (real[rng.integers(0, len(real), size)] for _ in range(draws))
+    return float(np.mean([score(images, dataset) for images in some]))
 
 
-def _trajectory(model: Model) -> bytes:
-    tau = timesteps(model.schedule.num_steps, 50)
-    x_T = initial_noise(jax.random.key(0), 4, model.image_shape)
-    at = tau[np.linspace(0, 49, 12).round().astype(int)]
+def _pixels(dataset: Dataset) -> np.ndarray:
+    return np.asarray(to_model(dataset.arrays()["image"]))
+
+
+def _trajectory(model: Model) -> plots.Figure:
+    tau = timesteps(model.schedule.num_steps, STEPS[-1])
+    x_T = initial_noise(jax.random.key(0), 3, model.image_shape)
+    at = tau[np.linspace(0, len(tau) - 1, 8).round().astype(int)]
     path = trajectory(model.denoise, x_T, model.schedule, tau, at=at.tolist())
-    return plots.png_bytes(
-        plots.trajectory_strip(path.t, np.asarray(path.x_t), np.asarray(path.x_0))
-    )
+    return plots.trajectory_strip(path.t, np.asarray(path.x_t), np.asarray(path.x_0))
 
 
 def _page(
+    out: pathlib.Path,
+    dataset: Dataset,
+    cells: Cells,
     scores: dict[tuple[float, int], float],
-    floor: float,
-    few: float,
     results: dict,
-    pictures: dict[str, tuple[bytes, str]],
+    pictures: dict[str, bytes],
 ) -> str:
-    rows = [[f"η = {eta:g}", *(f"{scores[eta, s]:.3f}" for s in STEPS)] for eta in ETAS]
-    train, headline = results["train"], results["headline"]
+    train, count, floor = results["train"], results["num_samples"], results["frechet_pixels_real"]
+    kinds = {0.0: "DDIM, η = 0", 1.0: "DDPM, η = 1"}
+    panels = [
+        (grid(cells[eta, s][:SHOWN], scale=4), f"{kinds[eta]}, S = {s}: {scores[eta, s]:.2f}")
+        for s in STEPS
+        for eta in ETAS
+    ]
+    panels.append((grid(_pixels(dataset)[:SHOWN], scale=4), f"Real digits: {floor:.2f}"))
+    rows = [[kinds[eta], *(f"{scores[eta, s]:.3f}" for s in STEPS), f"{floor:.3f}"] for eta in ETAS]
+    best = min(scores.values())
     return plots.page(
-        "DDIM in JAX: digits in 10, 20, 50 and 100 steps",
+        "DDIM in JAX: digits in 10, 20 and 50 steps",
         [
             f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_updates']:,} steps of "
-            f"{train['batch_size']} images on this machine, then drew {results['num_samples']:,} "
-            f"digits for each number of steps S and each η. All of it took "
-            f"{results['seconds']:.0f} seconds, training {results['training_seconds']:.0f}.</p>",
-            plots.figure_html(*pictures["samples.png"]),
+            f"{train['batch_size']} images on this machine, then drew {count:,} digits for each "
+            f"number of steps S and each η: {results['seconds']:.0f} seconds, training "
+            f"{results['training_seconds']:.0f} of them. Every panel starts from the same x_T: "
+            "at η = 0 the same latents give the same digits whatever S is.</p>",
+            plots.panels_html(panels, rows=len(ETAS)),
             "<h2>Fréchet distance in pixel space</h2>",
-            plots.table_html(["", *(f"S = {s}" for s in STEPS)], rows),
-            f"<p>With {headline['num_samples']:,} samples at S = {headline['S']}, η = "
-            f"{headline['eta']:g}: <b>{headline['frechet']:.3f}</b>. One half of the real digits "
-            f"against the other half: {floor:.3f}.</p>",
-            '<p class="note">64 dimensions, pixels in [−1, 1], against all the data. Fewer samples '
-            f"score higher: {results['num_samples']} real digits, as many as in each cell of the "
-            f"table, score {few:.3f}. η = 0 is DDIM, η = 1 is DDPM.</p>",
-            plots.figure_html(*pictures["trajectory.png"]),
-            plots.figure_html(*pictures["loss.png"]),
+            plots.table_html(["", *(f"S = {s}" for s in STEPS), "real digits"], rows),
+            f"<p>Each figure is of {count:,} images against all {len(dataset):,} digits, in 64 "
+            f"dimensions with pixels in [−1, 1]; less is better. {count:,} digits picked at random "
+            f"from the real ones score {floor:.3f}: so many samples from a perfect model would "
+            f"too. The best here is {best:.3f}.</p>",
+            "<h2>From noise to digit</h2>",
+            plots.figure_html(
+                pictures["trajectory.png"],
+                f"x_t and the prediction x̂_0 on the way down, η = 0, S = {STEPS[-1]}.",
+            ),
+            "<h2>Training</h2>",
+            plots.figure_html(
+                pictures["loss.png"], "The mean squared error of what the network predicts."
+            ),
+            "<h2>Next</h2>",
+            plots.commands_html(
+                {
+                    f"ddim-jax sample {out}/run --steps 20": "more digits of this network, a PNG",
+                    "ddim-jax train digits": "twice the training, and better: runs/digits",
+                    f"ddim-jax info {out}/run": "the loss, the checkpoints and their health",
+                }
+            ),
+            '<p class="note">After <code>make demo</code> the command is '
+            "<code>.venv/bin/ddim-jax</code>.</p>",
         ],
     )

@@ -250,7 +250,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     model = ddim.load_model("digits")
     from ddim_jax.storage.weights_file import save_weights
 
-    facts = {**model.facts, "model": {**model.facts["model"], "channels": 32}}
+    facts = {**model.facts, "model": {**model.facts["model"], "channels": 64}}
     save_weights(tmp_path / "odd.safetensors", model.params, facts)
     with pytest.raises(ValueError, match="odd"):
         ddim.load_model(tmp_path / "odd.safetensors")

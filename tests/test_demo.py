@@ -2,35 +2,48 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from ddim_jax import demo
-from ddim_jax.data import load
+from ddim_jax.cli import main
+from ddim_jax.data import Dataset, load
 from ddim_jax.networks.unet import abstract_params, count_params
+from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import load_model
 
 
 def score(num_samples, steps):
     """Pixel-space Fréchet distance of the shipped model's samples, η = 0."""
-    digits = load_model("digits"), load("digits")
-    return demo.draw_cells(*digits, num_samples, steps=(steps,), etas=(0.0,))[1][0.0, steps]
+    (images,) = demo.draw_cells(
+        load_model("digits"), num_samples, steps=[steps], etas=[0.0]
+    ).values()
+    return demo.score(images, load("digits"))
 
 
 def test_the_shipped_model_is_good():
-    """Of three seeds with so few samples the worst has 0.77; 300 real digits 0.36."""
+    """A perfect sampler would score 0.5 with so few samples."""
     assert score(300, steps=20) <= 0.8
 
 
 @pytest.mark.slow
 def test_the_shipped_model_is_as_good_as_promised():
-    assert score(2000, steps=50) <= 0.5
+    assert score(2000, steps=50) <= 0.29
+
+
+def test_the_floor_is_what_a_perfect_sampler_scores():
+    """For n samples of N(0, I_d): d/n of it by the mean, d(d + 1)/4n by the covariance."""
+    rng = np.random.default_rng(0)
+    pixels = np.clip(rng.normal(127.5, 30, (20_000, 2, 2, 1)).round(), 0, 255).astype(np.uint8)
+    data = Dataset("noise", "train", 20_000, (2, 2, 1), 1, {}, lambda i: (pixels[i], i * 0))
+    variance = (pixels / 127.5).var()
+    np.testing.assert_allclose(demo.floor_of(data, 400), variance * (4 + 4 * 5 / 4) / 400, rtol=0.3)
 
 
 def test_demo_makes_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "STEPS", (2, 3))
-    monkeypatch.setattr(demo, "HEADLINE", (2, 0.0))
     preset = demo.digits()
-    small = dataclasses.replace(preset.model, channels=32, multipliers=(1,))
+    small = dataclasses.replace(preset.model, multipliers=(1,))
     monkeypatch.setattr(demo, "digits", lambda: dataclasses.replace(preset, model=small))
     parameters = count_params(abstract_params(small))
     out = tmp_path / "demo"
@@ -46,14 +59,27 @@ def test_demo_makes_its_page(tmp_path, monkeypatch):
         "run",
     }
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 2 * 2 + 1 + 2  # panels, real digits, figures
     assert not re.search(r"(src|href)=\"(?!data:)", text)
-    results = json.loads((out / "results.json").read_text())
-    assert len(results["frechet_pixels"]) == 2 * 3
-    assert 0.2 < results["frechet_pixels_real_half_against_real_half"] < 0.4
+    results = (out / "results.json").read_text()
+    assert str(tmp_path) not in results
+    results = json.loads(results)
+    assert set(results["frechet_pixels"]) == {f"eta={e},S={s}" for e in (0, 1) for s in (2, 3)}
+    assert all(f"{value:.3f}" in text for value in results["frechet_pixels"].values())
+    assert f"{results['frechet_pixels_real']:.3f}" in text
     assert any(f"training {parameters:,} parameters for 3 steps" in line for line in said)
+    assert load_model(out / "run").prediction.kind == preset.train.prediction
+    assert read_metrics(out / "run" / "metrics.jsonl")[-1]["step"] == 3
     with pytest.raises(FileExistsError, match="finished demo"):
         demo.run(out)
+    commands = re.findall(r"<dt><code>ddim-jax (.*?)</code>", text)
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:  # as typed, but that training would take minutes
+        dry = ["--dry-run"] if command.startswith("train") else []
+        monkeypatch.setattr("sys.argv", ["ddim-jax", *command.split(), *dry])
+        main()
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 def test_demo_refuses_a_folder_of_something_else(tmp_path):

@@ -264,7 +264,7 @@ def test_what_is_stored_can_be_replaced(tmp_path):
 
 def test_the_shipped_model():
     model = load_model("digits")
-    assert (model.image_shape, model.prediction.kind) == ((8, 8, 1), "eps")
+    assert (model.image_shape, model.prediction.kind) == ((8, 8, 1), "v")
     with pytest.raises(ValueError, match="step=3 is for run folders"):
         load_model("digits", step=3)
     with pytest.raises(ValueError, match="one set of weights only"):

@@ -10,14 +10,14 @@ from ddim_jax.demo import run
 def demo(
     out: pathlib.Path = pathlib.Path("demo"),
     num_updates: int | None = None,
-    num_samples: int = 200,
+    num_samples: int = 500,
 ) -> None:
     """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
 
     Args:
       out: the folder to write; an interrupted demo is continued.
-      num_updates: training steps, the preset's by default.
-      num_samples: samples behind each Fréchet distance, ten times as many for S = 50, η = 0.
+      num_updates: training steps, by default half of the digits preset's.
+      num_samples: samples behind each Fréchet distance.
     """
     if (out / "index.html").exists():
         print(f"{out} holds a finished demo: open {out}/index.html, or choose another --out")

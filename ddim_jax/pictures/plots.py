@@ -14,6 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ddim_jax.pictures.images import grid
 
@@ -46,7 +47,7 @@ def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
 def sample_table(
     cells: Mapping[tuple[float, int], np.ndarray], scores: Mapping[tuple[float, int], float]
 ) -> Figure:
-    """One panel of samples for each (η, S), rows by η and columns by S, all from the same x_T.
+    """One panel of samples for each (η, S), rows by η and columns by S, as one picture.
 
     Args:
       cells: (η, S) → (n, H, W, C).
@@ -93,7 +94,7 @@ def trajectory_strip(t: np.ndarray, x_t: np.ndarray, x_0: np.ndarray) -> Figure:
     figure, axes = plt.subplots(
         2 * batch,
         count,
-        figsize=(0.85 * count, 1.8 * batch),
+        figsize=(0.6 * count, 1.25 * batch),
         layout="constrained",
         squeeze=False,
     )
@@ -106,7 +107,7 @@ def trajectory_strip(t: np.ndarray, x_t: np.ndarray, x_0: np.ndarray) -> Figure:
                 axis.set_yticks([])
                 if k == 0:
                     axis.set_ylabel("$x_t$" if row % 2 == 0 else r"$\hat{x}_0$", rotation=0)
-                    axis.yaxis.set_label_coords(-0.35, 0.4)
+                    axis.yaxis.set_label_coords(-0.4, 0.3)
         axes[0, k].set_title(f"t = {t[k]}", fontsize=8)
     return figure
 
@@ -120,21 +121,27 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """A self-contained HTML page.
+    """A self-contained HTML page, for wide screens and narrow ones.
 
     Args:
       title: plain text.
-      body: HTML fragments, in order; see `figure_html` and `table_html`.
+      body: HTML fragments, in order; see `figure_html`, `panels_html`, `table_html` and
+        `commands_html`.
 
     Returns:
       The page's text, with no reference to any other file.
     """
     style = (
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;"
-        "color:#222}img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}"
-        "td,th{padding:.3rem .9rem;border-bottom:1px solid #ddd;text-align:right}"
-        "th:first-child,td:first-child{text-align:left}figcaption,.note{color:#666}"
-        "code{background:#f3f3f3;padding:.1rem .3rem}figure{margin:1.5rem 0}"
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:1rem auto;padding:0 1rem;"
+        "color:#222}img{max-width:100%}.wide{overflow-x:auto}table{border-collapse:collapse}"
+        "td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;"
+        "white-space:nowrap}th:first-child,td:first-child{text-align:left}"
+        "figcaption,.note,dd{color:#666}code{background:#f3f3f3;padding:.1rem .3rem}"
+        "figure{margin:1rem 0}.panels{display:grid;gap:.75rem;grid-template-columns:1fr 1fr}"
+        ".panels figure{margin:0}.panels img{width:100%;image-rendering:pixelated}"
+        ".panels figcaption{font-size:.85rem}"
+        "@media(min-width:40rem){.panels{grid-auto-flow:column;grid-template-columns:none;"
+        "grid-auto-columns:1fr;grid-template-rows:repeat(var(--rows),auto)}}"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -153,10 +160,38 @@ def figure_html(png: bytes, caption: str) -> str:
     )
 
 
+def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int) -> str:
+    """Pictures and their captions side by side: columns of `rows`, on a phone two in a row.
+
+    Args:
+      panels: uint8 (H, W, 3) and caption, column by column.
+      rows: panels in a column of a wide screen.
+
+    Returns:
+      An HTML fragment.
+    """
+    figures = []
+    for pixels, caption in panels:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        figures.append(figure_html(buffer.getvalue(), caption))
+    return f'<div class="panels" style="--rows:{rows}">' + "".join(figures) + "</div>"
+
+
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table of text cells."""
+    """A plain table of text cells, which scrolls where the screen is narrower."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-    return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
+    body = line("th", header) + "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def commands_html(commands: Mapping[str, str]) -> str:
+    """Commands to type, each with what it does."""
+    terms = (
+        f"<dt><code>{html.escape(command)}</code></dt><dd>{html.escape(does)}</dd>"
+        for command, does in commands.items()
+    )
+    return "<dl>" + "".join(terms) + "</dl>"

@@ -59,21 +59,22 @@ def digits() -> Preset:
         UNetConfig(
             image_size=8,
             in_channels=1,
-            channels=64,
-            multipliers=(1, 1),
+            channels=32,
+            multipliers=(1, 2),
             num_blocks=1,
             attention_resolutions=(),
             dropout=0.0,
         ),
         TrainConfig(
             batch_size=32,
-            num_updates=1600,
+            num_updates=3600,
+            prediction="v",
             learning_rate=2e-3,
             warmup_steps=100,
             cosine_decay=True,
             ema_decay=0.999,
             log_every=50,
-            checkpoint_every=400,
+            checkpoint_every=900,
         ),
     )
 
@@ -103,6 +104,7 @@ def mnist() -> Preset:
         TrainConfig(
             batch_size=32,
             num_updates=1200,
+            prediction="x_0",
             learning_rate=1e-3,
             warmup_steps=100,
             cosine_decay=True,
