@@ -33,7 +33,7 @@ CHUNK = 100  # images in one call of the sampler
 
 def run(
     out: pathlib.Path,
-    num_steps: int | None = None,
+    num_updates: int | None = None,
     num_samples: int = 200,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
@@ -43,7 +43,7 @@ def run(
 
     Args:
       out: the folder, new, empty, or an interrupted demo's.
-      num_steps: training steps, the preset's by default.
+      num_updates: training steps, the preset's by default.
       num_samples: samples behind each Fréchet distance, ten times as many for S = 50, η = 0.
       say: told what is going on.
 
@@ -62,12 +62,12 @@ def run(
     began = time.perf_counter()
     preset = digits()
     train = dataclasses.replace(
-        preset.train, num_steps=preset.train.num_steps if num_steps is None else num_steps
+        preset.train, num_updates=preset.train.num_updates if num_updates is None else num_updates
     )
     dataset = load(preset.data.name)
     apply_fn, params = build(preset.model, jax.random.key(train.seed))
     say(
-        f"training {count_params(params):,} parameters for {train.num_steps} steps of "
+        f"training {count_params(params):,} parameters for {train.num_updates} steps of "
         f"{train.batch_size} on {len(dataset)} digits ({jax.default_backend()})"
     )
     fit(
@@ -195,7 +195,7 @@ def _page(
     return plots.page(
         "DDIM in JAX: digits in 10, 20, 50 and 100 steps",
         [
-            f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_steps']:,} steps of "
+            f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_updates']:,} steps of "
             f"{train['batch_size']} images on this machine, then drew {results['num_samples']:,} "
             f"digits for each number of steps S and each η. All of it took "
             f"{results['seconds']:.0f} seconds, training {results['training_seconds']:.0f}.</p>",

@@ -146,7 +146,7 @@ class _Task:
         """Minimises −log f(x_0|x_t), t uniform in 1..T."""
         config = dataclasses.replace(
             self.preset.train,
-            num_steps=self.args.train_steps,
+            num_updates=self.args.train_steps,
             batch_size=self.args.train_batch,
             warmup_steps=min(100, self.args.train_steps),
             seed=self.args.seed,
@@ -174,7 +174,7 @@ class _Task:
         state = init_state(params, config)
         images, rng = self.states(self.train_indices), np.random.default_rng(self.args.seed)
         losses = []
-        for _ in range(config.num_steps):
+        for _ in range(config.num_updates):
             state, value = update(state, images[rng.integers(len(images), size=config.batch_size)])
             losses.append(value)
         last = float(np.mean(jax.device_get(losses[-100:])))

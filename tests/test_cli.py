@@ -53,17 +53,17 @@ SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.no-cosi
 
 
 def test_train_resume_sample_info(command, tmp_path):
-    said = command(f"train digits --out run {SHORT} --train.num-steps 2")
+    said = command(f"train digits --out run {SHORT} --train.num-updates 2")
     assert "1,797 images" in said
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="already holds a run; resume it"):
-        command(f"train digits --out run {SHORT} --train.num-steps 4")
+        command(f"train digits --out run {SHORT} --train.num-updates 4")
     with pytest.raises(SystemExit, match=r"train.learning_rate: saved 0.002, now 0.5"):
         command(
-            f"train digits --out run --resume must {SHORT} --train.num-steps 4 "
+            f"train digits --out run --resume must {SHORT} --train.num-updates 4 "
             "--train.learning-rate 0.5"
         )
-    command(f"train digits --out run --resume auto {SHORT} --train.num-steps 4")
+    command(f"train digits --out run --resume auto {SHORT} --train.num-updates 4")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
     said = command("info run --verify")
@@ -187,8 +187,8 @@ def test_errors_are_messages(command, line, says):
     [
         ("train digits --train.nope 3", "Unrecognized options"),
         ("train cats", "cats"),
-        ("train digits --train.num-steps many", "many"),
-        ("train digits --train.num-steps -4", "at least 1, got -4"),
+        ("train digits --train.num-updates many", "many"),
+        ("train digits --train.num-updates -4", "at least 1, got -4"),
         ("train digits --model.channels 33", "multiple of 32"),
         ("train digits --model.image-size 9", "multiple of 2"),
         ("nonsense", "no command 'nonsense' usage"),
@@ -264,11 +264,11 @@ def test_a_signal_ends_the_command_with_its_own_code(command, tmp_path, monkeypa
 
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
     with pytest.raises(SystemExit) as stop:
-        command(f"train digits --out run {SHORT} --train.num-steps 6")
+        command(f"train digits --out run {SHORT} --train.num-updates 6")
     assert stop.value.code == 75
     assert "stopped by a signal at step 3, saved in run" in capsys.readouterr().err
     monkeypatch.undo()
-    command_line = f"train digits --out {tmp_path}/run {SHORT} --train.num-steps 6 --resume must"
+    command_line = f"train digits --out {tmp_path}/run {SHORT} --train.num-updates 6 --resume must"
     monkeypatch.setattr("sys.argv", ["ddim-jax", *command_line.split()])
     cli.main()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -361,7 +361,7 @@ def tiny():
     "Command: none. Hardware: none. Score: none."
     digits = PRESETS["digits"]()
     model = dataclasses.replace(digits.model, channels=32, multipliers=(1,))
-    train = dataclasses.replace(digits.train, batch_size=8, num_steps=2, sample_every=0)
+    train = dataclasses.replace(digits.train, batch_size=8, num_updates=2, sample_every=0)
     return dataclasses.replace(digits, model=model, train=train)
 """
 

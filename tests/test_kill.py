@@ -45,9 +45,9 @@ def kill_in_the_middle(process, folder, known, rng):
     return writing
 
 
-def check(tmp_path, kills, num_steps):
+def check(tmp_path, kills, num_updates):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    train = {**TRAIN, "num_steps": num_steps}
+    train = {**TRAIN, "num_updates": num_updates}
     codes, errors = finish([start(unbroken, train)])
     assert codes == [0], errors
     rng, folder = random.Random(0), broken / "checkpoints"

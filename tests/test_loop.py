@@ -61,7 +61,7 @@ def unbroken(tmp_path_factory):
 
 def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):
     seen = []
-    config = make_config(num_steps=11, keep=2)
+    config = make_config(num_updates=11, keep=2)
     state = train(tmp_path, config, progress=True, on_log=lambda s, line: seen.append(line))
     assert saved_steps(tmp_path / "checkpoints") == [8, 11]
     assert_same(restore_part(tmp_path / "checkpoints", "ema"), state.ema)
@@ -102,17 +102,17 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, unbroken, killed_at):
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):
-    unbroken = train(tmp_path / "long", make_config(num_steps=20))
-    train(tmp_path / "short", make_config(num_steps=8))
-    assert_same(train(tmp_path / "short", make_config(num_steps=20), resume="must"), unbroken)
+    unbroken = train(tmp_path / "long", make_config(num_updates=20))
+    train(tmp_path / "short", make_config(num_updates=8))
+    assert_same(train(tmp_path / "short", make_config(num_updates=20), resume="must"), unbroken)
     assert logged(tmp_path / "short") == logged(tmp_path / "long")
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path):
-    unbroken = train(tmp_path / "whole", make_config(num_steps=8))
+    unbroken = train(tmp_path / "whole", make_config(num_updates=8))
     (tmp_path / "dead" / "checkpoints").mkdir(parents=True)
     (tmp_path / "dead" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 4')
-    assert_same(train(tmp_path / "dead", make_config(num_steps=8), resume="auto"), unbroken)
+    assert_same(train(tmp_path / "dead", make_config(num_updates=8), resume="auto"), unbroken)
     lines = (tmp_path / "dead" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [2, 4, 6, 8]
@@ -124,23 +124,23 @@ def test_another_number_of_classes_is_refused(tmp_path):
 
 
 def test_a_decaying_rate_ties_the_run_to_its_length(tmp_path):
-    train(tmp_path, make_config(num_steps=4, cosine_decay=True))
-    with pytest.raises(ValueError, match=r"train\.num_steps: saved 4, now 8"):
-        train(tmp_path, make_config(num_steps=8, cosine_decay=True), resume="must")
+    train(tmp_path, make_config(num_updates=4, cosine_decay=True))
+    with pytest.raises(ValueError, match=r"train\.num_updates: saved 4, now 8"):
+        train(tmp_path, make_config(num_updates=8, cosine_decay=True), resume="must")
 
 
 def test_a_torn_last_line_of_metrics_is_dropped_on_resume(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
+    train(tmp_path, make_config(num_updates=4))
     whole = logged(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    train(tmp_path, make_config(num_steps=8), resume="must")
+    train(tmp_path, make_config(num_updates=8), resume="must")
     assert logged(tmp_path)[:2] == whole
     assert [step for step, _, _ in logged(tmp_path)] == [2, 4, 6, 8]
 
 
 def test_a_folder_with_a_run_is_refused(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
+    train(tmp_path, make_config(num_updates=4))
     before = logged(tmp_path)
     with pytest.raises(FileExistsError, match="already holds a run; resume it, or choose another"):
         train(tmp_path)
@@ -153,7 +153,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path):
 
 
 def test_resuming_another_run_shows_the_differences(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
+    train(tmp_path, make_config(num_updates=4))
     with pytest.raises(ValueError, match="must keep its configuration") as error:
         train(
             tmp_path,
@@ -163,7 +163,7 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
         )
     assert "train.learning_rate: saved 0.01, now 0.5" in str(error.value)
     assert "model.kind: saved 'affine', now 'mlp'" in str(error.value)
-    assert "num_steps" not in str(error.value)
+    assert "num_updates" not in str(error.value)
     other = dataclasses.replace(make_dataset(), provenance={"name": "other"})
     with pytest.raises(ValueError, match="data.name: saved 'noise', now 'other'"):
         train(tmp_path, dataset=other, resume="must")
@@ -177,7 +177,7 @@ def test_what_changes_rounding_alone_may_change_on_resuming_and_is_said(tmp_path
     def undropped(params, x, t, dropout_key=None):
         return affine(params, x, t)
 
-    short, long = (make_config(batch_size=16, num_steps=n) for n in (4, 8))
+    short, long = (make_config(batch_size=16, num_updates=n) for n in (4, 8))
     unbroken = train_model("whole", {"remat": False}, long)
     train_model("cut", {"remat": False}, short)
     said = []
@@ -208,7 +208,7 @@ def oblong(directory, config=OBLONG, facts=None, shape=(4, 8, 1), schedule=TEN, 
         *build(config, jax.random.key(0)),
         schedule.build(),
         dataset,
-        make_config(num_steps=1),
+        make_config(num_updates=1),
         directory,
         facts=facts,
         progress=False,
@@ -228,7 +228,7 @@ def test_a_run_on_oblong_images_is_read_as_such(tmp_path):
 
 def test_what_load_model_would_miss_is_said_at_the_start(tmp_path):
     said = []
-    state = train(tmp_path / "own", make_config(num_steps=1), facts=None, say=said.append)
+    state = train(tmp_path / "own", make_config(num_updates=1), facts=None, say=said.append)
     assert "will not read this run" in said[0]
     assert "facts=to_facts(schedule_config, unet_config)" in said[0]
     where = said[0].split("restore_part(")[1].rstrip(")").strip("'")
@@ -261,7 +261,7 @@ def test_divergence_names_the_step_and_leaves_good_checkpoints(tmp_path, monkeyp
     def apply_fn(params, x, t, dropout_key=None):
         return params["w"] + 0.0 * x
 
-    config = make_config(num_steps=40, log_every=5, checkpoint_every=5, warmup_steps=0)
+    config = make_config(num_updates=40, log_every=5, checkpoint_every=5, warmup_steps=0)
     name = "loss" if where == "loss" else "grad_norm"
     with pytest.raises(FloatingPointError, match=f"{name} is nan at step 8: training stopped"):
         fit(
@@ -288,7 +288,7 @@ def send_at(step, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [2, 8])
 def test_a_signal_saves_and_the_resumed_run_is_the_unbroken_run(tmp_path, number, at):
-    config = make_config(num_steps=14, log_every=4 if at == 8 else 2)
+    config = make_config(num_updates=14, log_every=4 if at == 8 else 2)
     unbroken = train(tmp_path / "whole", config)
     before = signal.getsignal(number)
     with pytest.raises(Preempted, match=f"at step {at + 1}, saved .*--resume auto") as stopped:
@@ -334,7 +334,7 @@ def garble(path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_only_when_asked(tmp_path, unbroken):
-    train(tmp_path / "hurt", make_config(num_steps=8))
+    train(tmp_path / "hurt", make_config(num_updates=8))
     folder = tmp_path / "hurt" / "checkpoints"
     garble(folder / "8" / "state")
     with pytest.raises(DamagedError, match=r"8 .*damaged.*beside it: 4.*--fallback"):
@@ -370,7 +370,7 @@ def test_a_summary_survives_damage(tmp_path):
 
 
 def test_a_fallback_of_another_run_moves_nothing(tmp_path):
-    train(tmp_path, make_config(num_steps=8))
+    train(tmp_path, make_config(num_updates=8))
     garble(tmp_path / "checkpoints" / "8" / "state")
     with pytest.raises(ValueError, match=r"train\.learning_rate: saved 0\.01, now 0\.5"):
         train(tmp_path, make_config(learning_rate=0.5), resume="auto", fallback=True)
@@ -387,9 +387,9 @@ def test_a_failed_start_does_not_bar_the_next(tmp_path):
 
 
 def test_a_run_longer_than_asked_for_is_an_error(tmp_path):
-    train(tmp_path, make_config(num_steps=8))
-    with pytest.raises(ValueError, match="is at step 8, past num_steps = 4"):
-        train(tmp_path, make_config(num_steps=4), resume="must")
+    train(tmp_path, make_config(num_updates=8))
+    with pytest.raises(ValueError, match="is at step 8, past num_updates = 4"):
+        train(tmp_path, make_config(num_updates=4), resume="must")
 
 
 def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch):
@@ -405,11 +405,11 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordWriter, "write", write)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with pytest.raises(OSError, match="could not write metrics or pictures in .*is the disk full"):
-        train(tmp_path, make_config(num_steps=4000, log_every=1, checkpoint_every=4000))
+        train(tmp_path, make_config(num_updates=4000, log_every=1, checkpoint_every=4000))
 
 
 def test_a_log_that_is_not_one_is_named(tmp_path):
-    train(tmp_path, make_config(num_steps=4))
+    train(tmp_path, make_config(num_updates=4))
     log = tmp_path / "metrics.jsonl"
     whole = log.read_text()
     for line in ("no metrics", '{"step": 1}', '{"step": null, "loss": 1.0}', "[1]"):
@@ -429,7 +429,7 @@ def sometimes_nan(params, x, t, dropout_key=None):
 
 
 def test_updates_that_are_not_finite_are_skipped_by_choice_and_counted(tmp_path):
-    config = make_config(skip_nonfinite=True, log_every=1, num_steps=16)
+    config = make_config(skip_nonfinite=True, log_every=1, num_updates=16)
     arguments = (affine_params(), SCHEDULE, make_dataset())
     seen = []
 
@@ -452,7 +452,7 @@ def test_a_run_that_would_skip_everything_stops(tmp_path):
     def always_nan(params, x, t, dropout_key=None):
         return params["w"] * x * jnp.nan
 
-    config = make_config(skip_nonfinite=True, num_steps=200)
+    config = make_config(skip_nonfinite=True, num_updates=200)
     arguments = (always_nan, {"w": jnp.float32(1)}, SCHEDULE, make_dataset(), config)
     with pytest.raises(FloatingPointError, match="the 100 updates up to step 100 were all skipped"):
         fit(*arguments, tmp_path, progress=False)
@@ -473,7 +473,7 @@ def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch
 
     make = loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", lambda *a: count(make(*a)))
-    config = make_config(skip_nonfinite=True, num_steps=40, log_every=20, checkpoint_every=7)
+    config = make_config(skip_nonfinite=True, num_updates=40, log_every=20, checkpoint_every=7)
     params = {"w": jnp.float32(1), "n": jnp.float32(0)}
     with pytest.raises(FloatingPointError, match="5 updates up to step (8|9) were all skipped"):
         fit(late_nan, params, SCHEDULE, make_dataset(), config, tmp_path, progress=False)
@@ -503,7 +503,7 @@ def test_arithmetic_is_counted(tmp_path, monkeypatch):
         {"w": jnp.eye(4)},
         SCHEDULE,
         make_dataset(),
-        make_config(num_steps=2),
+        make_config(num_updates=2),
         tmp_path,
         progress=False,
         on_log=lambda state, line: seen.append(line),
@@ -512,7 +512,7 @@ def test_arithmetic_is_counted(tmp_path, monkeypatch):
     np.testing.assert_allclose(seen[0]["flops_per_second"], 3 * each * speed)
     np.testing.assert_allclose(seen[0]["mfu"], 3 * each * speed / (8 * 1e9))
     seen.clear()
-    train(tmp_path / "affine", make_config(num_steps=2), on_log=lambda s, line: seen.append(line))
+    train(tmp_path / "affine", make_config(num_updates=2), on_log=lambda s, line: seen.append(line))
     assert not {"mfu", "flops_per_second"} & seen[0].keys()  # it has no product of matrices
 
 

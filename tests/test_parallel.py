@@ -203,7 +203,7 @@ def losses_of(directory):
 
 @pytest.mark.parametrize("resumed_by", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_are_one_run_stopped_and_resumed(tmp_path, resumed_by):
-    train = {"batch_size": 16, "num_steps": 20, "log_every": 1, "checkpoint_every": 5,
+    train = {"batch_size": 16, "num_updates": 20, "log_every": 1, "checkpoint_every": 5,
              "warmup_steps": 5, "sample_every": 0}  # fmt: skip
     worker.train(tmp_path / "one", train)  # in this process, on its eight devices
 

@@ -27,7 +27,7 @@ def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch,
         ema_decay=0.8,
         adam_b1=0.8,
         adam_b2=0.95,
-        num_steps=40,
+        num_updates=40,
         cosine_decay=decay,
     )
     step = make_train_step(lambda p, x, t, _: affine(p, x, t), SCHEDULE, config)
@@ -183,7 +183,7 @@ def test_the_step_exports_to_tpu_and_cuda_without_its_weights():
     ("field", "value", "message"),
     [
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
-        ("num_steps", -3, "num_steps must be at least 1"),
+        ("num_updates", -3, "num_updates must be at least 1"),
         ("learning_rate", 0.0, "learning_rate must be positive"),
         ("learning_rate", float("nan"), "learning_rate must be positive"),
         ("grad_clip", float("inf"), "grad_clip must be positive and finite"),

@@ -33,7 +33,7 @@ def affine_params():
 
 
 def make_config(**changes):
-    small = {"batch_size": 8, "num_steps": 12, "log_every": 2, "checkpoint_every": 4}
+    small = {"batch_size": 8, "num_updates": 12, "log_every": 2, "checkpoint_every": 4}
     return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
 
 

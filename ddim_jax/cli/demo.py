@@ -9,17 +9,17 @@ from ddim_jax.demo import run
 
 def demo(
     out: pathlib.Path = pathlib.Path("demo"),
-    num_steps: int | None = None,
+    num_updates: int | None = None,
     num_samples: int = 200,
 ) -> None:
     """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
 
     Args:
       out: the folder to write; an interrupted demo is continued.
-      num_steps: training steps, the preset's by default.
+      num_updates: training steps, the preset's by default.
       num_samples: samples behind each Fréchet distance, ten times as many for S = 50, η = 0.
     """
     if (out / "index.html").exists():
         print(f"{out} holds a finished demo: open {out}/index.html, or choose another --out")
         return
-    print(f"open {run(out, num_steps, num_samples)}")
+    print(f"open {run(out, num_updates, num_samples)}")

@@ -95,7 +95,7 @@ def fit(
       say: told what the user should know.
 
     Returns:
-      The state after `config.num_steps` steps.
+      The state after `config.num_updates` steps.
 
     Raises:
       FileExistsError: the folder holds a run and `resume` is "never".
@@ -124,9 +124,9 @@ def fit(
             restored = restore_latest(folder, like, fallback, say, config_dict)
             state, step = restored.state, restored.step
             waiting, in_a_row = (restored.data_state[k] for k in ("waiting", "skipped_in_a_row"))
-            if step > config.num_steps:
+            if step > config.num_updates:
                 raise ValueError(
-                    f"{directory} is at step {step}, past num_steps = {config.num_steps}"
+                    f"{directory} is at step {step}, past num_updates = {config.num_updates}"
                 )
         else:
             state = jax.jit(lambda p: init_state(p, config), out_shardings=sharding)(params)
@@ -155,9 +155,9 @@ def fit(
         with (
             Checkpoints(folder, config.keep) as checkpoints,
             MetricsLog(directory, start) as log,
-            tqdm(total=config.num_steps, initial=start, unit="step", disable=not shown) as bar,
+            tqdm(total=config.num_updates, initial=start, unit="step", disable=not shown) as bar,
         ):
-            while step < config.num_steps:
+            while step < config.num_updates:
                 batch = parallel.put_batch(mesh, next(iterator))
                 if step == start:
                     train_step = train_step.lower(state, batch).compile()
@@ -168,7 +168,7 @@ def fit(
                 if len(pending) > IN_FLIGHT:
                     pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
                 bar.update()
-                last = step == config.num_steps
+                last = step == config.num_updates
                 stop = signals.requested(step) and not last
                 to_save = step % config.checkpoint_every == 0 or last or stop
                 to_log = step % config.log_every == 0 or last
@@ -200,6 +200,6 @@ def fit(
                     break
         if waiting.get("skipped") and not stop:
             say(f"the last {len(waiting['skipped'])} updates were skipped, and are in no line")
-        if step < config.num_steps:
+        if step < config.num_updates:
             raise Preempted(step, directory)
     return state

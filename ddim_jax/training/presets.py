@@ -67,7 +67,7 @@ def digits() -> Preset:
         ),
         TrainConfig(
             batch_size=32,
-            num_steps=1600,
+            num_updates=1600,
             learning_rate=2e-3,
             warmup_steps=100,
             cosine_decay=True,
@@ -102,7 +102,7 @@ def mnist() -> Preset:
         ),
         TrainConfig(
             batch_size=32,
-            num_steps=1200,
+            num_updates=1200,
             learning_rate=1e-3,
             warmup_steps=100,
             cosine_decay=True,
@@ -126,7 +126,7 @@ def cifar10() -> Preset:
         DataConfig("cifar10"),
         ScheduleConfig(),
         UNetConfig(),
-        TrainConfig(batch_size=128, num_steps=800_000, flip=True),
+        TrainConfig(batch_size=128, num_updates=800_000, flip=True),
     )
 
 
@@ -141,7 +141,7 @@ def celeba64() -> Preset:
         DataConfig("celeb_a", crop=(57, 25, 128, 128), resize=64),
         ScheduleConfig(),
         UNetConfig(image_size=64, multipliers=(1, 2, 2, 2, 4)),
-        TrainConfig(batch_size=128, num_steps=500_000, flip=True),
+        TrainConfig(batch_size=128, num_updates=500_000, flip=True),
     )
 
 
@@ -159,7 +159,7 @@ def lsun256() -> Preset:
         UNetConfig(image_size=256, multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0),
         TrainConfig(
             batch_size=64,
-            num_steps=2_400_000,
+            num_updates=2_400_000,
             learning_rate=2e-5,
             flip=True,
         ),

@@ -37,7 +37,7 @@ from ddim_jax.weights import from_facts
 # These may change when a run is resumed; anything else would make it another run. Those of the
 # second kind leave every function as it is, but not the order of sums, nor of dropout's draws.
 FREE_ON_RESUME = (
-    "train.num_steps",
+    "train.num_updates",
     "train.log_every",
     "train.checkpoint_every",
     "train.sample_every",
@@ -128,7 +128,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     """
     free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
     if wanted["train"].get("cosine_decay"):
-        free.remove("train.num_steps")
+        free.remove("train.num_updates")
 
     def among(names: Callable[[str], bool]) -> list[str]:
         both = ({k: v for k, v in flat(config).items() if names(k)} for config in (saved, wanted))

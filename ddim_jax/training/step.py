@@ -32,14 +32,14 @@ class TrainConfig:
 
     Attributes:
       batch_size: images per step, over all devices and processes.
-      num_steps: optimiser steps in all.
+      num_updates: optimiser steps in all.
       prediction: what the network learns to predict: ε as in the paper, x_0 or v. ε's error is
         multiplied by 1/√ᾱ_T at the start of sampling, and DDIM never corrects it; a network
         trained briefly does better with the others.
       learning_rate: Adam's, after the warm-up.
       warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).
-      cosine_decay: multiply the rate by ½(1 + cos(π n/num_steps)): better for short runs. num_steps
-        is then part of what a resumed run must keep.
+      cosine_decay: multiply the rate by ½(1 + cos(π n/num_updates)): better for short runs.
+        num_updates is then part of what a resumed run must keep.
       grad_clip: largest global norm of the gradient; a larger one is scaled down to it.
       adam_b1: decay of the mean of the gradient.
       adam_b2: decay of the mean of its square.
@@ -67,12 +67,12 @@ class TrainConfig:
       ValueError: a field outside its range.
 
     Example:
-      >>> TrainConfig(batch_size=128, num_steps=1000, warmup_steps=100).learning_rate
+      >>> TrainConfig(batch_size=128, num_updates=1000, warmup_steps=100).learning_rate
       0.0002
     """
 
     batch_size: int = 128
-    num_steps: int = 800_000
+    num_updates: int = 800_000
     prediction: Literal["eps", "x_0", "v"] = "eps"
     learning_rate: float = 2e-4
     warmup_steps: int = 5000
@@ -96,7 +96,7 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_steps", "log_every", "checkpoint_every", "keep",
+        for name in ("batch_size", "num_updates", "log_every", "checkpoint_every", "keep",
                      "accumulate", "fsdp", "num_threads"):  # fmt: skip
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_steps", "num_workers", "sample_every"):
@@ -141,7 +141,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     def rate(count: jax.Array) -> jax.Array:
         warm = jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
         if config.cosine_decay:
-            warm *= (1 + jnp.cos(jnp.pi * count / config.num_steps)) / 2
+            warm *= (1 + jnp.cos(jnp.pi * count / config.num_updates)) / 2
         return config.learning_rate * warm
 
     optimizer = optax.chain(

@@ -50,7 +50,7 @@ def summarise(run: str | os.PathLike[str], verify: bool = False) -> dict[str, An
             checkpoints[str(step)] = f"{size}, UNREADABLE: {error}"
     lines = read_metrics(run / LOG) if (run / LOG).exists() else []
     by = writer(run)
-    planned = configuration.get("train", {}).get("num_steps", "?")
+    planned = configuration.get("train", {}).get("num_updates", "?")
     last = lines[-1] if lines else {}
     return {
         "state": f"being written by {by}" if by else "nobody writes in it",

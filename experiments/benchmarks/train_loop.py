@@ -73,7 +73,7 @@ def main() -> None:
     config = dataclasses.replace(
         preset.train,
         batch_size=args.batch_size or preset.train.batch_size,
-        num_steps=args.steps + WARM,
+        num_updates=args.steps + WARM,
         log_every=WARM,
         checkpoint_every=10**9,
         sample_every=0,
