@@ -172,7 +172,7 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
 
 def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path):
     facts = to_facts(TEN, OBLONG)
-    learns_v = make_config(num_steps=1, prediction="v")
+    learns_v = make_config(num_updates=1, prediction="v")
     oblong(tmp_path, facts=facts, train=learns_v)
     model = load_model(tmp_path)
     assert model.prediction.kind == "v"
@@ -180,7 +180,7 @@ def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path):
     bare = ddim.Model(ddim.predicts(make_apply(OBLONG), "v"), model.params, model.schedule)
     x_0, again = (ddim.make_sampler(m, ddim.timesteps(10, 3))(x_T) for m in (model, bare))
     assert_same(x_0, again)
-    other = make_config(num_steps=1, prediction="x_0")
+    other = make_config(num_updates=1, prediction="x_0")
     with pytest.raises(ValueError, match="train.prediction: saved 'v', now 'x_0'"):
         oblong(tmp_path, facts=facts, train=other, resume="must")
     with pytest.raises(ValueError, match="network predicts 'eps', config.prediction .* 'v'"):
@@ -231,11 +231,7 @@ def oblong(
         *build(config, jax.random.key(0)),
         schedule.build(),
         dataset,
-<<<<<<< HEAD
-        make_config(num_updates=1),
-=======
-        train or make_config(num_steps=1),
->>>>>>> h-train2
+        train or make_config(num_updates=1),
         directory,
         facts=facts,
         progress=False,

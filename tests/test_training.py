@@ -88,7 +88,7 @@ def test_every_prediction_learns_to_the_loss_of_the_exact_denoiser(kind):
     held_out = draw(16_384)
     mean, variance = (held_out / 127.5 - 1).mean(), (held_out / 127.5 - 1).var()
     config = make_config(
-        prediction=kind, learning_rate=0.03, num_steps=400, cosine_decay=True, ema_decay=0.98
+        prediction=kind, learning_rate=0.03, num_updates=400, cosine_decay=True, ema_decay=0.98
     )
 
     def apply_fn(params, x, t, dropout_key=None):
