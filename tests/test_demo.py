@@ -35,7 +35,7 @@ def test_demo_makes_its_page(tmp_path, monkeypatch):
     parameters = count_params(abstract_params(small))
     out = tmp_path / "demo"
     said = []
-    page = demo.run(out, num_steps=3, num_samples=70, say=said.append)
+    page = demo.run(out, num_steps=3, num_samples=12, say=said.append)
     names = {path.name for path in out.iterdir()}
     assert names == {
         "index.html",

@@ -104,6 +104,7 @@ def frechet(x, y):
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", ["0", "hat"])
 def test_table1_cells_are_what_a_numpy_loop_and_scipy_give(results, eta):
     cells = {(c["eta"], c["S"]): c for c in results[1]["table1"]["cells"]}
@@ -119,6 +120,7 @@ def test_table1_cells_are_what_a_numpy_loop_and_scipy_give(results, eta):
         assert 0 < cell["se"] < cell["distance"]
 
 
+@pytest.mark.slow
 def test_table1_has_a_floor_at_each_number_of_samples(results):
     floors = results[1]["table1"]["floors"]
     assert [f["num_samples"] for f in floors] == [16, 24]
@@ -137,6 +139,7 @@ def test_quad_takes_the_steps_that_the_authors_visit(tmp_path):
     assert json.loads(settings.read_text())["tau"] == tau.tolist()
 
 
+@pytest.mark.slow
 def test_clip_clips_every_row(results):
     model, tau = ddim.load_model("digits"), [500, 1000]
     key = jax.random.split(jax.random.key(0))[0]
@@ -150,6 +153,7 @@ def test_clip_clips_every_row(results):
     assert np.abs(clipped.astype(int) - free).max() > 1
 
 
+@pytest.mark.slow
 def test_table2_is_eq_13_up_and_down(results):
     result = results[1]["table2"]
     model, images = ddim.load_model("digits"), load("digits").arrays()["image"]
@@ -189,6 +193,7 @@ def test_fig4_fits_a_line():
     assert fit["r_squared"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
 
 
+@pytest.mark.slow
 def test_fig5_measures_agreement(results):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (2, 9, 4, 4, 1)).astype(np.uint8)
@@ -211,6 +216,7 @@ def test_fig6_measures_paths():
     assert (found["nearest"]["ends"][0], found["nearest"]["pixel mean"][0]) == (0.0, 2.0)
 
 
+@pytest.mark.slow
 def test_discrete_bound_and_baseline(results):
     """A trained network's bound lies near one bit per pixel at first, and its samples are two."""
     cells = results[1]["discrete"]["cells"]
@@ -223,6 +229,7 @@ def test_discrete_bound_and_baseline(results):
     assert cells["independent"]["bits"] == pytest.approx(bits)
 
 
+@pytest.mark.slow
 def test_solvers_choose_and_judge(results):
     cells = {c["method"]: c for c in results[1]["solvers"]["cells"]}
     assert len(cells) == 3 + 2 + 1 + 9
@@ -269,6 +276,7 @@ def test_solvers_take_a_network_of_v(tmp_path):
     assert np.std(found[0][0] - found[0][1]) > 1e-2
 
 
+@pytest.mark.slow
 def test_results_say_where_they_come_from(results):
     folder, found = results
     for name, result in found.items():
@@ -442,6 +450,7 @@ def test_a_comparison_needs_two_standard_errors():
     assert "η=0 S=20 < η=0.2 S=20" in best.detail
 
 
+@pytest.mark.slow
 def test_the_report_puts_all_beside_the_paper(results):
     folder, found = results
     page = report.main([str(folder)])
