@@ -1,5 +1,6 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks."""
 
+import contextlib
 import gc
 import itertools
 import mmap
@@ -58,6 +59,28 @@ settings.load_profile("same")
 def key():
     """One fixed key, so that a failure repeats."""
     return jax.random.key(0)
+
+
+@contextlib.contextmanager
+def on_one_device():
+    """For what is not about several: eight on a few cores are slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, devices in (("devices", jax.devices()), ("local_devices", jax.local_devices())):
+            patch.setattr(jax, name, lambda devices=devices: devices[:1])
+        yield
+
+
+@pytest.fixture
+def one_device():
+    with on_one_device():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """The examples in documents too, which no fixture of this file reaches."""
+    with on_one_device() if isinstance(item, pytest.DoctestItem) else contextlib.nullcontext():
+        return (yield)
 
 
 def pytest_configure(config):

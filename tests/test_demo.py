@@ -48,7 +48,7 @@ def test_demo_makes_its_page(tmp_path, monkeypatch):
     parameters = count_params(abstract_params(small))
     out = tmp_path / "demo"
     said = []
-    page = demo.run(out, num_updates=3, num_images=70, say=said.append)
+    page = demo.run(out, num_updates=3, num_images=12, say=said.append)
     names = {path.name for path in out.iterdir()}
     assert names == {
         "index.html",

