@@ -54,12 +54,13 @@ wheel: $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt build
 	$(BIN)/python -m build --outdir dist . > /dev/null
 	$(BIN)/python .ci/wheel.py
-	$(PYTHON) -m venv build/alone
-	build/alone/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(PYTHON) -I -m venv build/alone
+	build/alone/bin/python -I -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build && PYTHONPATH= alone/bin/ddim-jax sample digits --num-images 4 --steps 10 --out four.png
 
 # The versions that the tests passed with, for reproducible installs.
-constraints: $(VENV)/.test
+constraints: $(VENV)/.test $(VENV)/.docs
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt build
 	$(BIN)/python -m pip freeze --exclude-editable | grep -iv '^\(torch\|diffusers\)==' > constraints.txt
 
 $(VENV)/bin/python:

@@ -36,7 +36,7 @@ Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels 
 def run(
     out: pathlib.Path,
     num_updates: int | None = None,
-    num_samples: int = 500,
+    num_images: int = 500,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
     """Train on the digits, sample, and write pictures, figures and a page into one folder.
@@ -46,7 +46,7 @@ def run(
     Args:
       out: the folder, new, empty, or an interrupted demo's.
       num_updates: training steps; by default half of the digits preset's, which make its pictures.
-      num_samples: samples behind each Fréchet distance.
+      num_images: samples behind each Fréchet distance.
       say: told what is going on.
 
     Returns:
@@ -54,7 +54,7 @@ def run(
 
     Raises:
       FileExistsError: the folder holds a finished demo, or something else.
-      ValueError: num_samples is too small for a distance.
+      ValueError: num_images is too small for a distance.
     """
     page = out / "index.html"
     if page.exists():
@@ -62,8 +62,8 @@ def run(
     run_folder = out / "run"
     if out.exists() and any(out.iterdir()) and not run_folder.exists():
         raise FileExistsError(f"{out} is not empty and holds no demo; choose another --out")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    if num_images < 2:
+        raise ValueError(f"num_images must be at least 2, got {num_images}")
     began = time.perf_counter()
     preset = digits()
     train = dataclasses.replace(
@@ -88,15 +88,15 @@ def run(
         resume="auto",
     )
     trained = time.perf_counter() - began
-    say(f"sampling {len(STEPS) * len(ETAS)} × {num_samples} digits")
+    say(f"sampling {len(STEPS) * len(ETAS)} × {num_images} digits")
     model = load_model(run_folder)
-    cells = draw_cells(model, num_samples)
+    cells = draw_cells(model, num_images)
     scores = {cell: score(images, dataset) for cell, images in cells.items()}
-    floor = floor_of(dataset, num_samples)
+    floor = floor_of(dataset, num_images)
     results = {
         "frechet_pixels": {f"eta={e:g},S={s}": v for (e, s), v in scores.items()},
         "frechet_pixels_real": floor,
-        "num_samples": num_samples,
+        "num_images": num_images,
         "training_seconds": trained,
         "seconds": time.perf_counter() - began,
         "train": dataclasses.asdict(train),
@@ -117,7 +117,7 @@ def run(
 
 def draw_cells(
     model: Model,
-    num_samples: int,
+    num_images: int,
     seed: int = 0,
     steps: Sequence[int] | None = None,
     etas: Sequence[float] | None = None,
@@ -126,7 +126,7 @@ def draw_cells(
 
     Args:
       model: the trained model.
-      num_samples: images a cell.
+      num_images: images a cell.
       seed: of x_T and of the noise.
       steps: the values of S, `STEPS` by default.
       etas: the values of η, `ETAS` by default.
@@ -137,10 +137,10 @@ def draw_cells(
     steps, etas = STEPS if steps is None else steps, ETAS if etas is None else etas
     key, noise_key = jax.random.split(jax.random.key(seed))
     chunks = [
-        np.arange(start, min(start + CHUNK, num_samples)) for start in range(0, num_samples, CHUNK)
+        np.arange(start, min(start + CHUNK, num_images)) for start in range(0, num_images, CHUNK)
     ]
     cells = {}
-    with tqdm(total=num_samples * sum(steps) * len(etas), unit="call", unit_scale=True) as bar:
+    with tqdm(total=num_images * sum(steps) * len(etas), unit="call", unit_scale=True) as bar:
         for count in steps:
             sampler = make_sampler(model, timesteps(model.schedule.num_steps, count))
             for eta in etas:
@@ -188,7 +188,7 @@ def _page(
     results: dict,
     pictures: dict[str, bytes],
 ) -> str:
-    train, count, floor = results["train"], results["num_samples"], results["frechet_pixels_real"]
+    train, count, floor = results["train"], results["num_images"], results["frechet_pixels_real"]
     kinds = {0.0: "DDIM, η = 0", 1.0: "DDPM, η = 1"}
     panels = [
         (

@@ -13,10 +13,10 @@ from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import load_model
 
 
-def score(num_samples, steps):
+def score(num_images, steps):
     """Pixel-space Fréchet distance of the shipped model's samples, η = 0."""
     (images,) = demo.draw_cells(
-        load_model("digits"), num_samples, steps=[steps], etas=[0.0]
+        load_model("digits"), num_images, steps=[steps], etas=[0.0]
     ).values()
     return demo.score(images, load("digits"))
 
@@ -48,7 +48,7 @@ def test_demo_makes_its_page(tmp_path, monkeypatch):
     parameters = count_params(abstract_params(small))
     out = tmp_path / "demo"
     said = []
-    page = demo.run(out, num_updates=3, num_samples=70, say=said.append)
+    page = demo.run(out, num_updates=3, num_images=70, say=said.append)
     names = {path.name for path in out.iterdir()}
     assert names == {
         "index.html",

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ddim_jax as ddim
 from ddim_jax.data import Dataset
-from ddim_jax.networks.unet import UNetConfig, build
+from ddim_jax.networks.unet import UNetConfig, build, make_apply
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.checkpoint import (
     CheckpointError,
@@ -21,7 +22,7 @@ from ddim_jax.storage.checkpoint import (
     restore_part,
     saved_steps,
 )
-from ddim_jax.training import loop
+from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
 from ddim_jax.training.loop import fit
 from ddim_jax.training.run_folder import Preempted, locked, writer
@@ -169,6 +170,26 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
         train(tmp_path, dataset=other, resume="must")
 
 
+def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path):
+    facts = to_facts(TEN, OBLONG)
+    learns_v = make_config(num_updates=1, prediction="v")
+    oblong(tmp_path, facts=facts, train=learns_v)
+    model = load_model(tmp_path)
+    assert model.prediction.kind == "v"
+    x_T = ddim.initial_noise(jax.random.key(0), 2, model.image_shape)
+    bare = ddim.Model(ddim.predicts(make_apply(OBLONG), "v"), model.params, model.schedule)
+    x_0, again = (ddim.make_sampler(m, ddim.timesteps(10, 3))(x_T) for m in (model, bare))
+    assert_same(x_0, again)
+    other = make_config(num_updates=1, prediction="x_0")
+    with pytest.raises(ValueError, match="train.prediction: saved 'v', now 'x_0'"):
+        oblong(tmp_path, facts=facts, train=other, resume="must")
+    with pytest.raises(ValueError, match="network predicts 'eps', config.prediction .* 'v'"):
+        oblong(tmp_path / "new", facts={**facts, "prediction": "eps"}, train=learns_v)
+    with pytest.raises(ValueError, match="predict"):
+        train(tmp_path / "new", learns_v, apply_fn=ddim.predicts(affine, "x_0"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_changes_rounding_alone_may_change_on_resuming_and_is_said(tmp_path):
     def train_model(name, model, config, **options):
         facts = {"model": {"kind": "affine", **model}}
@@ -198,7 +219,9 @@ OBLONG = UNetConfig((4, 8), 1, 32, (1,), num_blocks=1, attention_resolutions=())
 TEN = ScheduleConfig("cosine", 10)
 
 
-def oblong(directory, config=OBLONG, facts=None, shape=(4, 8, 1), schedule=TEN, **options):
+def oblong(
+    directory, config=OBLONG, facts=None, shape=(4, 8, 1), schedule=TEN, train=None, **options
+):
     images = np.zeros((8, *shape), np.uint8)
     labels = np.zeros(8, np.int32)
     dataset = Dataset(
@@ -208,7 +231,7 @@ def oblong(directory, config=OBLONG, facts=None, shape=(4, 8, 1), schedule=TEN, 
         *build(config, jax.random.key(0)),
         schedule.build(),
         dataset,
-        make_config(num_updates=1),
+        train or make_config(num_updates=1),
         directory,
         facts=facts,
         progress=False,
@@ -459,7 +482,7 @@ def test_a_run_that_would_skip_everything_stops(tmp_path):
 
 
 def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(collecting, "MAX_SKIPPED", 5)
 
     def late_nan(params, x, t, dropout_key=None):
         return params["w"] * x + jnp.where(params["n"] > 3, jnp.nan, 0.0)

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import ddim_jax as ddim
+from ddim_jax.process.gaussian import coefficients
+from ddim_jax.process.prediction import from_x0_eps, to_x0_eps
 from ddim_jax.process.schedule import schedule_from_alpha_bar
 from ddim_jax.training import step as training
 from ddim_jax.training.step import init_state, make_train_step
@@ -72,6 +75,56 @@ def test_training_finds_the_optimal_linear_denoiser():
         images = rng.integers(0, 2, (64, 8, 8, 1)).astype(np.uint8) * 255
         state, _ = step(state, {"image": images, "label": np.zeros(64, np.int32)})
     np.testing.assert_allclose(state.ema["w"], np.sqrt(1 - alpha_bar[1:]), atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x_0", "v"])
+def test_every_prediction_learns_to_the_loss_of_the_exact_denoiser(kind):
+    """Of images N(μ, s² I) the exact denoiser is affine, with t-by-t mean squared errors
+
+    a²s²/(a²s² + b²) for ε, s²b²/(a²s² + b²) for x_0, s²/(a²s² + b²) for v; a² = ᾱ_t, b² = 1 − ᾱ_t.
+    """
+    rng = np.random.default_rng(0)
+    draw = lambda n: np.clip(rng.normal(150, 40, (n, 4, 4, 1)).round(), 0, 255).astype(np.uint8)  # noqa: E731
+    held_out = draw(16_384)
+    mean, variance = (held_out / 127.5 - 1).mean(), (held_out / 127.5 - 1).var()
+    config = make_config(
+        prediction=kind, learning_rate=0.03, num_updates=400, cosine_decay=True, ema_decay=0.98
+    )
+
+    def apply_fn(params, x, t, dropout_key=None):
+        w, b = (params[name][t - 1][:, None, None, None] for name in ("w", "b"))
+        return w * x + b
+
+    step = make_train_step(apply_fn, SCHEDULE, config)
+    state = init_state({"w": jnp.zeros(10), "b": jnp.zeros(10)}, config)
+    for _ in range(config.num_steps):
+        state, _ = step(state, {"image": draw(256), "label": np.zeros(256, np.int32)})
+
+    exact_eps = ddim.oracle.gaussian(SCHEDULE, mean, variance)
+
+    def exact(x, t):
+        c = coefficients(SCHEDULE, t, t * 0)
+        return from_x0_eps(c, *to_x0_eps(c, x, exact_eps(x, t)), kind)
+
+    @jax.jit
+    def losses(key, images):
+        trained = lambda x, t: apply_fn(state.ema, x, t)  # noqa: E731
+        both = (ddim.predicts(network, kind) for network in (trained, exact))
+        return jnp.stack([ddim.loss(network, SCHEDULE, images, key) for network in both])
+
+    keys = jax.random.split(jax.random.key(1), 64)
+    parts = zip(keys, np.split((held_out / 127.5 - 1).astype(np.float32), 64))
+    trained, best = np.array([losses(*part) for part in parts]).T
+    error = best.std(ddof=1) / np.sqrt(64)
+    a2 = np.asarray(SCHEDULE.alpha_bar, np.float64)[1:]
+    factor = {"eps": a2 * variance, "x_0": (1 - a2) * variance, "v": variance}[kind]
+    assert abs(best.mean() - (factor / (a2 * variance + 1 - a2)).mean()) < 3 * error
+    assert abs(trained.mean() - best.mean()) < error
+
+
+def test_a_network_that_predicts_something_else_is_refused():
+    with pytest.raises(ValueError, match="predict"):
+        make_train_step(ddim.predicts(affine, "x_0"), SCHEDULE, make_config(prediction="v"))
 
 
 def test_randomness_is_a_function_of_seed_and_step():
@@ -196,6 +249,7 @@ def test_the_step_exports_to_tpu_and_cuda_without_its_weights():
         ("accumulate", 3, "accumulate must be a divisor of batch_size = 8, got 3"),
         ("fsdp", 0, "fsdp must be at least 1"),
         ("sample_every", -1, "sample_every must be at least 0"),
+        ("prediction", "w", "prediction must be one of 'eps', 'x_0', 'v', got 'w'"),
     ],
 )
 def test_a_config_rejects(field, value, message):

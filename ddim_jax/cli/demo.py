@@ -10,16 +10,16 @@ from ddim_jax.demo import run
 def demo(
     out: pathlib.Path = pathlib.Path("demo"),
     num_updates: int | None = None,
-    num_samples: int = 500,
+    num_images: int = 500,
 ) -> None:
     """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
 
     Args:
       out: the folder to write; an interrupted demo is continued.
       num_updates: training steps, by default half of the digits preset's.
-      num_samples: samples behind each Fréchet distance.
+      num_images: samples behind each Fréchet distance.
     """
     if (out / "index.html").exists():
         print(f"{out} holds a finished demo: open {out}/index.html, or choose another --out")
         return
-    print(f"open {run(out, num_updates, num_samples)}")
+    print(f"open {run(out, num_updates, num_images)}")
