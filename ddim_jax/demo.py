@@ -191,11 +191,14 @@ def _page(
     train, count, floor = results["train"], results["num_images"], results["frechet_pixels_real"]
     kinds = {0.0: "DDIM, η = 0", 1.0: "DDPM, η = 1"}
     panels = [
-        (grid(cells[eta, s][:SHOWN], scale=4), f"{kinds[eta]}, S = {s}: {scores[eta, s]:.2f}")
+        (
+            grid(cells[eta, s][:SHOWN], gap=6, scale=4),
+            f"{kinds[eta]}, S = {s}: {scores[eta, s]:.2f}",
+        )
         for s in STEPS
         for eta in ETAS
     ]
-    panels.append((grid(_pixels(dataset)[:SHOWN], scale=4), f"Real digits: {floor:.2f}"))
+    panels.append((grid(_pixels(dataset)[:SHOWN], gap=6, scale=4), f"Real digits: {floor:.2f}"))
     rows = [[kinds[eta], *(f"{scores[eta, s]:.3f}" for s in STEPS), f"{floor:.3f}"] for eta in ETAS]
     best = min(scores.values())
     return plots.page(
@@ -208,7 +211,7 @@ def _page(
             "at η = 0 the same latents give the same digits whatever S is.</p>",
             plots.panels_html(panels, rows=len(ETAS)),
             "<h2>Fréchet distance in pixel space</h2>",
-            plots.table_html(["", *(f"S = {s}" for s in STEPS), "real digits"], rows),
+            plots.table_html(["", *(f"S = {s}" for s in STEPS), "real"], rows),
             f"<p>Each figure is of {count:,} images against all {len(dataset):,} digits, in 64 "
             f"dimensions with pixels in [−1, 1]; less is better. {count:,} digits picked at random "
             f"from the real ones score {floor:.3f}: so many samples from a perfect model would "

@@ -160,8 +160,9 @@ def test_table2_is_eq_13_up_and_down(results):
     x_0 = images[np.random.default_rng(0).permutation(1797)[:6]] / 127.5 - 1
 
     def step(x, t, s, label):  # x at s → x at t, by ε at `label`
-        label = jnp.full(len(x), max(label, 1), jnp.int32)
-        eps = np.asarray(network(model.params, jnp.asarray(x, jnp.float32), label), np.float64)
+        label = max(label, 1)
+        v = network(model.params, jnp.asarray(x, jnp.float32), jnp.full(len(x), label, jnp.int32))
+        eps = np.sqrt(1 - alpha_bar[label]) * x + np.sqrt(alpha_bar[label]) * np.asarray(v)
         return np.sqrt(alpha_bar[t]) * (x / np.sqrt(alpha_bar[s]) + (sigma[t] - sigma[s]) * eps)
 
     tau = [0, 200, 400, 600, 800, 1000]
@@ -246,20 +247,20 @@ def as_eps(model):
 
 
 @pytest.mark.slow
-def test_a_network_of_v_gives_the_same_figures(results, tmp_path, monkeypatch):
+def test_a_network_of_eps_gives_the_same_figures(results, tmp_path, monkeypatch):
     model = as_eps(ddim.load_model("digits"))
     monkeypatch.setattr(ddim, "load_model", lambda *args, **kwargs: model)
     ours, other = ({}, {})
     for name in ("table2", "fig6"):
-        by_v = MAINS[name]([*TINY[name].split(), "--out", str(tmp_path / name)])
-        for found, result in ((ours, by_v), (other, results[1][name])):
+        by_eps = MAINS[name]([*TINY[name].split(), "--out", str(tmp_path / name)])
+        for found, result in ((ours, by_eps), (other, results[1][name])):
             cells = result["cells"]
             found |= cells if name == "fig6" else cells[1]
     for key in ("error", "source_error", "rms_step", "rms_end_to_end"):
         assert ours[key] == pytest.approx(other[key], rel=1e-2)
 
 
-def test_solvers_take_a_network_of_v(tmp_path):
+def test_solvers_take_every_prediction(tmp_path):
     args = arguments.parse("solvers", "", ["--batch-size", "4"], solvers.SMALL, **solvers.HELP)
     found = []
     for model in (ddim.load_model("digits"), as_eps(ddim.load_model("digits"))):

@@ -68,7 +68,7 @@ def sample_table(
     for i, eta in enumerate(etas):
         for j, count in enumerate(counts):
             axis = axes[i, j]
-            axis.imshow(grid(np.asarray(cells[eta, count]), scale=4, gap=2))
+            axis.imshow(grid(np.asarray(cells[eta, count]), scale=4, gap=6))
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(f"Fréchet {scores[eta, count]:.2f}", fontsize=9, color=GREY)
@@ -134,14 +134,14 @@ def page(title: str, body: Sequence[str]) -> str:
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:1rem auto;padding:0 1rem;"
         "color:#222}img{max-width:100%}.wide{overflow-x:auto}table{border-collapse:collapse}"
-        "td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;"
-        "white-space:nowrap}th:first-child,td:first-child{text-align:left}"
+        "td,th{padding:.3rem .4rem;border-bottom:1px solid #ddd;text-align:right;"
+        "white-space:nowrap}h1{font-size:1.6rem;line-height:1.2}th:first-child,td:first-child{text-align:left}"
         "figcaption,.note,dd{color:#666}code{background:#f3f3f3;padding:.1rem .3rem}"
         "figure{margin:1rem 0}.panels{display:grid;gap:.75rem;grid-template-columns:1fr 1fr}"
         ".panels figure{margin:0}.panels img{width:100%;image-rendering:pixelated}"
         ".panels figcaption{font-size:.85rem}"
-        "@media(min-width:40rem){.panels{grid-auto-flow:column;grid-template-columns:none;"
-        "grid-auto-columns:1fr;grid-template-rows:repeat(var(--rows),auto)}}"
+        "@media(min-width:40rem){td,th{padding:.3rem .9rem}"
+        ".panels{grid-auto-flow:column;grid-template-columns:none;grid-auto-columns:1fr;grid-template-rows:repeat(var(--rows),auto)}}"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
