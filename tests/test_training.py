@@ -97,7 +97,7 @@ def test_every_prediction_learns_to_the_loss_of_the_exact_denoiser(kind):
 
     step = make_train_step(apply_fn, SCHEDULE, config)
     state = init_state({"w": jnp.zeros(10), "b": jnp.zeros(10)}, config)
-    for _ in range(config.num_steps):
+    for _ in range(config.num_updates):
         state, _ = step(state, {"image": draw(256), "label": np.zeros(256, np.int32)})
 
     exact_eps = ddim.oracle.gaussian(SCHEDULE, mean, variance)

@@ -67,14 +67,14 @@ def digits() -> Preset:
         ),
         TrainConfig(
             batch_size=32,
-            num_updates=3600,
+            num_updates=2800,
             prediction="v",
             learning_rate=2e-3,
             warmup_steps=100,
             cosine_decay=True,
             ema_decay=0.999,
             log_every=50,
-            checkpoint_every=900,
+            checkpoint_every=700,
         ),
     )
 
