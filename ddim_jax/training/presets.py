@@ -84,8 +84,8 @@ def mnist() -> Preset:
 
     Command: `ddim-jax train mnist --data-dir DIR`. Hardware: 2 CPU cores, or any GPU. Time: about
     20 minutes at the 33 images/s of 2 idle cores. Score of the same updates on one H100 in float32,
-    pixel-space Fréchet distance of 10,000 samples at S = 20: 6.95 at η = 0, 9.66 at η = 1 (real half
-    against real half: 0.82). On CPUs it was not run to its end.
+    pixel-space Fréchet distance of 10,000 samples at S = 20: 6.95 at η = 0, 9.66 at η = 1 (real
+    half against real half: 0.82). On CPUs it was not run to its end.
     """
     return Preset(
         "mnist",
