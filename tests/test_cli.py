@@ -512,7 +512,7 @@ def child(line, **environ):
 @pytest.mark.parametrize(
     ("line", "number", "code"),
     [
-        ("sample digits --steps 1000 --out {}/d.png", signal.SIGINT, 130),
+        ("sample digits --steps 1000 --num-images 9999 --out {}/d.png", signal.SIGINT, 130),
         ("generate digits --steps 1000 --out {}/many", signal.SIGTERM, 143),
     ],
 )

@@ -76,7 +76,7 @@ def test_features_are_taken_one_batch_at_a_time():
 
 def test_images_in_the_models_range_become_pixels_by_one_rounding():
     x = jnp.linspace(-1.1, 1.1, 48).reshape(4, 2, 2, 3)
-    with pytest.raises(TypeError, match=r"float32.*ddim_jax\.images\.to_uint8"):
+    with pytest.raises(TypeError, match=r"float32.*ddim_jax\.pictures\.images\.to_uint8"):
         list(features(extractors.pixels(), np.asarray(x)))
     got = np.concatenate(list(features(extractors.pixels(), [np.asarray(to_uint8(x))])))
     want = np.clip(np.round((np.asarray(x, np.float64) + 1) * 127.5), 0, 255) / 127.5 - 1

@@ -298,9 +298,9 @@ def test_the_table_of_shapes_is_the_files():
 def files(monkeypatch, tmp_path, state):
     """A weights file whose contents are in `held`, with a stand-in for the reader of it."""
     held = {"state": dict(state)}
-    reader = types.ModuleType("ddim_jax.torch_files")
+    reader = types.ModuleType("ddim_jax.weights.torch_files")
     reader.load_torch = lambda path: held["state"]
-    monkeypatch.setitem(sys.modules, "ddim_jax.torch_files", reader)
+    monkeypatch.setitem(sys.modules, "ddim_jax.weights.torch_files", reader)
     path = tmp_path / inception_weights.FILE
     path.write_bytes(b"weights")
     return path, held, hashlib.sha256(b"weights").hexdigest()
@@ -377,7 +377,7 @@ def test_fetching(tmp_path, monkeypatch):
 
 
 def test_a_real_torch_file(tmp_path, state):
-    pytest.importorskip("ddim_jax.torch_files")
+    pytest.importorskip("ddim_jax.weights.torch_files")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch = pytest.importorskip("torch", reason="pip install 'ddim_jax[peers]'")

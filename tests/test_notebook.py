@@ -216,6 +216,10 @@ def test_install_cell_names_what_pip_installs(monkeypatch):
     execute(cell, {})
     assert commands == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(PATH.parent.parent)  # nothing is to be installed from there
+    with pytest.raises(SystemExit, match="no copy of the repository"):
+        execute(cell, {})
+    monkeypatch.chdir(PATH.parent)  # where a notebook runs
     execute(cell, {})
     assert commands == [
         [sys.executable, "-m", "pip", "install", "-q", "..", "matplotlib", "scikit-learn"]

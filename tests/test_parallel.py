@@ -19,6 +19,7 @@ from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.storage.checkpoint import Checkpoints, restore, restore_part, saved_steps
 from ddim_jax.training import parallel
 from ddim_jax.training.step import TrainConfig, init_state, make_train_step
+from ddim_jax.weights import Model
 from tests import worker
 from tests.worker import finish, start
 
@@ -153,14 +154,14 @@ def test_the_step_talks_as_expected_and_the_sampler_not_at_all():
 
     mesh = make_mesh(8)
     apply_fn, params = network()
-    sampler = make_sampler(apply_fn, SCHEDULE, [1, 500, 1000])
+    sampler = make_sampler(Model(apply_fn, params, SCHEDULE), [1, 500, 1000])
     params = jax.device_put(params, parallel.replicated(mesh))
     x_T = jax.device_put(
         initial_noise(jax.random.key(0), 16, (8, 8, 1)), parallel.batch_sharding(mesh)
     )
-    text = jax.jit(lambda p, x: sampler(p, x)).lower(params, x_T).compile()
+    text = jax.jit(lambda p, x: sampler(x, params=p)).lower(params, x_T).compile()
     assert collectives(text) == set()
-    assert sampler(params, x_T).sharding.is_equivalent_to(x_T.sharding, 4)
+    assert sampler(x_T, params=params).sharding.is_equivalent_to(x_T.sharding, 4)
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_with_one_and_four(tmp_path):

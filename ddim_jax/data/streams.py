@@ -76,6 +76,7 @@ def batches(
       RuntimeError: worker processes without that guard; or, from the iterator, one has ended.
 
     Example:
+      >>> from ddim_jax.data import load
       >>> iterator = batches(load("digits"), batch_size=32, seed=0)
       >>> next(iterator)["image"].shape
       (32, 8, 8, 1)
@@ -125,6 +126,7 @@ def batch_indices(dataset: Dataset, batch_size: int, seed: int, number: int) -> 
       ValueError: a size, seed or number outside its range.
 
     Example:
+      >>> from ddim_jax.data import load
       >>> batch_indices(load("digits"), batch_size=4, seed=0, number=0)
       array([1203, 1318, 1398,  141])
     """
