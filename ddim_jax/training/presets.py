@@ -50,7 +50,7 @@ def digits() -> Preset:
 
     Command: `ddim-jax train digits`. Hardware: 2 CPU cores. Time: 3 CPU-minutes. Score: pixel-space
     Fréchet distance 0.248 at S = 50, η = 0, 2,000 samples; with half of the updates, as the demo
-    takes, 0.450; with 1,800 0.347, with 3,600 0.229. (A perfect sampler's 2,000: 0.065; one half of the data against the other: 0.282.)
+    takes, 0.450. (A perfect sampler's 2,000: 0.065; one half of the data against the other: 0.282.)
     """
     return Preset(
         "digits",
