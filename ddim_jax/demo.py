@@ -36,7 +36,7 @@ Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels 
 def run(
     out: pathlib.Path,
     num_updates: int | None = None,
-    num_images: int = 400,
+    num_images: int = 300,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path:
     """Train on the digits, sample, and write pictures, figures and a page into one folder.
