@@ -10,7 +10,7 @@ from ddim_jax.demo import run
 def demo(
     out: pathlib.Path = pathlib.Path("demo"),
     num_updates: int | None = None,
-    num_images: int = 500,
+    num_images: int = 300,
 ) -> None:
     """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
 
