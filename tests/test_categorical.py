@@ -354,3 +354,17 @@ def test_the_derivative_by_eta_at_its_edges(edge):
     p_0, p_1 = jnp.exp(log_p(0.0)), jnp.exp(log_p(1.0))
     _, slope = jax.jvp(log_p, (edge,), (1.0,))
     np.testing.assert_allclose(slope, (p_1 - p_0) / (p_0, p_1)[int(edge)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("eta", "f"), [(0.0, [0.7, 0.2, 0.1]), (0.5, [0.7, 0.3, 0.0])])
+def test_the_derivative_by_sigma_at_its_edges(eta, f, fraction):
+    """p is linear in σ: one slope from 0 to σ_max, also of a category that Eq. 19 leaves out."""
+    x_t, logits = jnp.array([0]), jnp.log(jnp.array([f]))
+    limit = float(categorical.least_stochastic_sigma(SCHEDULE, 8, 5))
+
+    def p(sigma):
+        return jnp.exp(categorical.posterior(SCHEDULE, x_t, logits, 8, 5, eta, sigma=sigma))
+
+    _, slope = jax.jvp(p, (fraction * limit,), (1.0,))
+    np.testing.assert_allclose(slope, (p(limit) - p(0.0)) / limit, rtol=1e-5, atol=1e-6)

@@ -261,3 +261,16 @@ def test_bad_sampler_input_raises_before_running(changes, error, match, key):
     }
     with pytest.raises(error, match=match):
         categorical.sample(**(arguments | changes))
+
+
+def test_wide_numbers_draw_the_same_examples(key):
+    """JAX's default width changes no draw of a network that answers in float32."""
+
+    def draw():
+        x_T = categorical.initial(key, 5, (4,), 3)
+        network = lambda x, t: jnp.zeros((*x.shape, 3), jnp.float32)  # noqa: E731
+        return np.stack([x_T, categorical.sample(network, x_T, SCHEDULE, [3, 12], key=key)])
+
+    narrow = draw()
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(draw(), narrow)

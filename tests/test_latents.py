@@ -101,6 +101,15 @@ def test_slerp_of_opposite_or_zero_latents():
         assert np.isfinite(traced[jnp.array([0, 2])]).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("factor", [-1, -3, -0.7])
+def test_slerp_of_latents_opposite_but_for_rounding(dtype, factor):
+    """Products by −3 and −0.7 are rounded to the dtype: what angle is left has no meaning."""
+    a = latents(6, (2, 5)).astype(dtype)
+    with pytest.raises(ValueError, match="image 0 are opposite"):
+        slerp(a, a * jnp.asarray(factor, dtype), 0.5)
+
+
 def test_spherical_grid():
     corners = latents(7, (4, 3, 3, 1))
     grid = spherical_grid(corners, 5, 7)
@@ -187,3 +196,12 @@ def test_dynamic_threshold_in_low_precision_and_at_its_bound():
     at_bound = jnp.array([[1.0, -1.0, 0.0]])
     for f in (threshold, ddim.clip_x0(1.0)):
         assert np.isfinite(jax.grad(lambda x, f=f: f(x).sum())(at_bound)).all()
+
+
+@pytest.mark.parametrize("tilt", [1e-5, 3e-7, 1e-7])
+def test_slerp_has_the_derivative_of_a_straight_line_near_parallel_latents(tilt):
+    """To the order of the angle θ; the quotient sin θ/θ loses EPS/θ in its derivative."""
+    a, v = latents(0, (2, 12)), latents(1, (2, 12))
+    b = 1.5 * a + tilt * latents(2, (2, 12))
+    _, tangent = jax.jvp(lambda b: slerp(a, b, 0.3), (b,), (v,))
+    np.testing.assert_allclose(tangent, 0.3 * v, rtol=0, atol=10 * tilt + 10 * EPS)

@@ -34,6 +34,11 @@ def test_log_snr_for_every_s(num_steps, data, zero_terminal):
     assert (np.diff(tau) > 0).all()
 
 
+def test_log_snr_of_one_step_to_pure_noise():
+    schedule = ddim.schedule_from_alpha_bar([1.0, 0.0])  # log SNR is infinite at both ends
+    assert ddim.timesteps(1, 1, "logsnr", schedule=schedule).tolist() == [1]
+
+
 def test_log_snr_is_even_in_log_snr():
     schedule = ddim.linear_schedule(1000)
     tau = ddim.timesteps(1000, 10, "logsnr", schedule=schedule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -49,36 +51,44 @@ def coefficients(
 
 def mixture(c: Coefficients, x_t: Array, log_x_0: Array) -> Array:
     """(1−η) Eq. 19 + η ancestral; linear in x_0, so that a distribution of x_0 is summed over."""
-    stay_or_uniform = mix(one_hot(x_t, log_x_0), c.x_t, c.uniform)
-    family = _log_add(1.0, stay_or_uniform, c.x_0, log_x_0)
-    return _log_add(1.0 - c.eta, family, c.eta, ancestral(c, x_t, log_x_0))
+    family = per_image(1.0 - c.eta, log_x_0)
+    return _log_sum(  # in one sum: the logarithm of a part that vanishes would lose its slope
+        (family * per_image(c.x_t, log_x_0), one_hot(x_t, log_x_0)),
+        (family * per_image(c.x_0, log_x_0), log_x_0),
+        (family * per_image(c.uniform, log_x_0), _uniform(log_x_0)),
+        (c.eta, ancestral(c, x_t, log_x_0)),
+    )
 
 
 def ancestral(c: Coefficients, x_t: Array, log_x_0: Array) -> Array:
     """q(x_t|x_s) Σ_{x_0} q(x_s|x_0) f(x_0)/q(x_t|x_0)."""
     at_x_t = one_hot(x_t, log_x_0)
     ratio = log_x_0 - mix(at_x_t, *c.marginal_t)  # q(x_t|x_0) is symmetric in x_t and x_0
-    total = jax.nn.logsumexp(ratio, axis=-1, keepdims=True) - np.log(log_x_0.shape[-1])
+    total = jax.nn.logsumexp(ratio, axis=-1, keepdims=True) - math.log(log_x_0.shape[-1])
     alpha_bar_s, noise_s = c.marginal_s
-    return mix(at_x_t, *c.transition) + _log_add(alpha_bar_s, ratio, noise_s, total)
+    return mix(at_x_t, *c.transition) + _log_sum((alpha_bar_s, ratio), (noise_s, total))
 
 
 def mix(log_x: Array, weight: Any, noise: Any) -> Array:
     """log(weight·x + noise/K 1)."""
-    return _log_add(weight, log_x, noise, jnp.full_like(log_x, -np.log(log_x.shape[-1])))
+    return _log_sum((weight, log_x), (noise, _uniform(log_x)))
 
 
-def _log_add(weight_a: Any, a: Array, weight_b: Any, b: Array) -> Array:
-    """log(w_a eᵃ + w_b eᵇ), with its gradient at w = 0 too; 0 where both terms vanish.
+def _uniform(like: Array) -> Array:
+    return jnp.full_like(like, -math.log(like.shape[-1]))
+
+
+def _log_sum(*terms: tuple[Any, Array]) -> Array:
+    """log Σ w eᵃ over terms (w, a), with its gradient at w = 0 too; 0 where all of them vanish.
 
     The weights multiply outside of the logarithm, whose slope at 0 is infinite. A term of weight
-    0 that outweighs the other by e⁸⁰ or more counts as e⁸⁰ in the slope.
+    0 that outweighs the others by e⁸⁰ or more counts as e⁸⁰ in the slope.
     """
-    w_a, w_b = per_image(weight_a, a), per_image(weight_b, a)
-    top = jax.lax.stop_gradient(jnp.maximum(jnp.log(w_a) + a, jnp.log(w_b) + b))
+    weighted = [(per_image(w, a), a) for w, a in terms]
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, [jnp.log(w) + a for w, a in weighted]))
     zero = top == -jnp.inf
     top = jnp.where(zero, 0, top)
-    total = w_a * jnp.exp(jnp.minimum(a - top, 80)) + w_b * jnp.exp(jnp.minimum(b - top, 80))
+    total: Any = sum(w * jnp.exp(jnp.minimum(a - top, 80)) for w, a in weighted)
     return jnp.where(zero, -jnp.inf, top + jnp.log(jnp.where(zero, 1, total)))
 
 
@@ -198,4 +208,5 @@ def _sigma_gap(sigma: ArrayLike, sigma_max: Any) -> Any:
         return np.clip(gap, 0, sigma_max)
     sigma, sigma_max = as_float(sigma), as_float(sigma_max)
     gap = sigma_max - sigma
-    return jnp.where((gap >= -1e-6) & (sigma >= 0), jnp.clip(gap, 0, sigma_max), jnp.nan)
+    rounded = gap + jax.lax.stop_gradient(jnp.maximum(-gap, 0))  # ≥ 0, of full slope at 0 too
+    return jnp.where((gap >= -1e-6) & (sigma >= 0), rounded, jnp.nan)

@@ -30,8 +30,8 @@ def initial(key: Array, indices: ArrayLike, shape: Sequence[int], num_categories
       (B, *shape) int32 in 0..K−1.
 
     Raises:
-      TypeError: indices does not hold integers.
-      ValueError: indices is no vector or holds a negative number, or K < 2.
+      TypeError: key is no JAX key.
+      ValueError: indices is no vector of integers in 0..2³² − 1, or K < 2.
 
     Example:
       >>> import jax
@@ -42,8 +42,11 @@ def initial(key: Array, indices: ArrayLike, shape: Sequence[int], num_categories
     _math.check_num_categories(num_categories)
     # t = 0 is no step that `sample` folds in, so that the two may share a key.
     keys = _math.fold_in(image_keys(key, indices), 0)
-    draw = partial(jax.random.randint, shape=tuple(shape), minval=0, maxval=num_categories)
-    return jax.vmap(draw)(keys).astype(jnp.int32)
+    # In int32 whatever JAX's default: another width would be another draw.
+    draw = partial(
+        jax.random.randint, shape=tuple(shape), minval=0, maxval=num_categories, dtype=jnp.int32
+    )
+    return jax.vmap(draw)(keys)
 
 
 def sample(
@@ -77,7 +80,7 @@ def sample(
       x_0 (B, ...) int32; −1 where a step's probabilities were NaN.
 
     Raises:
-      TypeError: x_T or tau does not hold integers, or denoise does not return floats.
+      TypeError: x_T does not hold integers, key is no JAX key, or denoise does not return floats.
       ValueError: a value is out of range, the key is missing, or shapes do not fit.
 
     Example:
@@ -128,6 +131,7 @@ def joint_denoiser(schedule: Schedule, probs: ArrayLike) -> Callable[[Array, Arr
     Args:
       schedule: ᾱ₀..ᾱ_T.
       probs: (K,)*d joint probabilities of x_0; small, K^d numbers are kept for every example.
+        The logarithm has no slope at 0: where one is 0, gradients by probs are NaN.
 
     Returns:
       denoise(x_t (B, d), t () or (B,)) → (B, d, K) log-probabilities.

@@ -147,6 +147,8 @@ def _linspace(num_steps: int, steps: int) -> np.ndarray:
 
 
 def _log_snr(schedule: Schedule, steps: int) -> np.ndarray:
+    if steps == schedule.num_steps:
+        return np.arange(1, steps + 1)
     log_snr = np.asarray(schedule.log_snr, np.float64)[1:]
     last = log_snr[np.isfinite(log_snr)][-1]
     grid = np.linspace(last, log_snr[0], steps)[::-1]

@@ -39,8 +39,9 @@ def slerp(a: Array, b: Array, weight: ArrayLike) -> Array:
     For equal norms the path has that norm; for unequal ones the formula is applied as it stands.
     Parallel latents give linear interpolation, the limit θ → 0. Opposite latents (θ = π) have no
     shortest arc between them, and latents that are all zero no angle: an error, or NaN for that
-    image under a trace. Near θ = π the arc itself is ill-conditioned: errors of a and b grow by
-    1/sin θ. Computed in float32 at least.
+    image under a trace; so have latents that are opposite but for their dtype's rounding. Near
+    θ = π the arc itself is ill-conditioned: errors of a and b grow by 1/sin θ. Computed in float32
+    at least.
 
     Args:
       a: (B, ...) floating latents.
@@ -77,7 +78,7 @@ def slerp(a: Array, b: Array, weight: ArrayLike) -> Array:
     unit_a, unit_b = _unit(a), _unit(b)
     apart, together = _norm(unit_a - unit_b), _norm(unit_a + unit_b)
     theta = 2 * jnp.arctan2(apart, together)  # accurate near 0 and π, where arccos is not
-    has_arc = (together > 8 * jnp.finfo(a.dtype).eps) & (_norm(a) > 0) & (_norm(b) > 0)
+    has_arc = (together > 8 * float(jnp.finfo(dtype).eps)) & (_norm(a) > 0) & (_norm(b) > 0)
     if is_concrete(has_arc) and not np.all(has_arc):
         i = int(np.argmin(np.asarray(has_arc)))
         raise ValueError(
@@ -193,5 +194,7 @@ def _unit(x: Array) -> Array:
 
 
 def _sinc(theta: Array) -> Array:
-    """sin θ/θ, 1 at θ = 0."""
-    return jnp.sinc(theta / np.pi)
+    """sin θ/θ; near 0 by its series, as the quotient's derivative cancels there."""
+    near = jnp.abs(theta) < 0.02
+    x, square = jnp.where(near, 1, theta), theta**2
+    return jnp.where(near, 1 - square / 6 * (1 - square / 20 * (1 - square / 42)), jnp.sin(x) / x)

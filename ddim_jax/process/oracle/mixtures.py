@@ -34,7 +34,8 @@ def mixture(
       schedule: the noise schedule.
       means: (K, ...) m_k, floating; a component has the shape of one image.
       variance: v_k ≥ 0, a scalar or (K,).
-      weights: (K,) w_k ≥ 0, need not sum to 1; equal by default.
+      weights: (K,) w_k ≥ 0, need not sum to 1; equal by default. They enter by their logarithms:
+        where one is 0, gradients by weights are NaN; leave such components out.
       chunk: number of components looked at together, ≥ 1.
 
     Returns:
