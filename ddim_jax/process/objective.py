@@ -61,7 +61,9 @@ def loss(
         )
     numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
     keys = jax.vmap(jax.random.split)(image_keys(key, numbers))
-    t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1))(keys[:, 0])
+    t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1, jnp.int32))(
+        keys[:, 0]
+    )
     dtype, x_0 = x_0.dtype, wide(x_0)
     draw: Callable[[Array], Array] = lambda k: normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731
     noise = jax.vmap(draw)(keys[:, 1])
