@@ -499,10 +499,13 @@ def test_oblong_pictures_and_those_that_are_none(command, tmp_path):
         command("sample nothing --out file/d.png")
 
 
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 def child(line, **environ):
-    """`ddim-jax LINE` as a process of its own."""
+    """`ddim-jax LINE` as a process of its own, which hears Ctrl-C even if the tests do not."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ddim_jax.cli", *line.split()],
+        [sys.executable, "-c", f"{HEARS}; from ddim_jax.cli import main; main()", *line.split()],
         stderr=subprocess.PIPE,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environ},
         text=True,
@@ -512,7 +515,7 @@ def child(line, **environ):
 @pytest.mark.parametrize(
     ("line", "number", "code"),
     [
-        ("sample digits --steps 1000 --num-images 9999 --out {}/d.png", signal.SIGINT, 130),
+        ("sample digits --steps 1000 --num-images 999 --out {}/d.png", signal.SIGINT, 130),
         ("generate digits --steps 1000 --out {}/many", signal.SIGTERM, 143),
     ],
 )
