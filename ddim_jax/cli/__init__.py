@@ -77,14 +77,9 @@ def main() -> None:
     else:
         warnings.formatwarning = _one_line  # type: ignore[assignment]
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
-        try:
-            _run(name, words)
-        except KeyboardInterrupt as stopped:
             again = "; the same command goes on from here" if name in GO_ON else ""
-            print(f"\nddim-jax: stopped{again}", file=sys.stderr, flush=True)
-            # At once: an orderly end waits, perhaps for minutes, for what the devices compute.
-            os._exit(143 if isinstance(stopped, Terminated) else 130)
+            _stop_on_signals(f"\nddim-jax: stopped{again}\n")
+        _run(name, words)
 
 
 def overview() -> str:
@@ -119,12 +114,20 @@ def version() -> str:
     return f"ddim_jax {__version__}, jax {jax.__version__}"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+def _stop_on_signals(said: str) -> None:
+    """Ctrl-C and SIGTERM end the process at once, with one line.
 
+    An exception could be lost where the interpreter ignores those of callbacks, and an orderly end
+    waits, perhaps for minutes, for what the devices compute. Files are written whole or not at all.
+    """
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        os.write(2, said.encode())  # print may be what was interrupted
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background
+            signal.signal(number, stop)
 
 
 def _one_line(message: Warning | str, *_: object) -> str:
