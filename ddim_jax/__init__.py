@@ -30,6 +30,8 @@ from ddim_jax.process import (
 )
 from ddim_jax.sampling import (
     METHODS,
+    Bound,
+    Density,
     Inversion,
     Method,
     Plan,
@@ -43,6 +45,7 @@ from ddim_jax.sampling import (
     clip_x0,
     ddim,
     ddpm,
+    dequantise,
     dynamic_threshold,
     encode,
     encoder,
@@ -51,6 +54,7 @@ from ddim_jax.sampling import (
     invert,
     make_sampler,
     multistep_sample,
+    ode_density,
     optimise_timesteps,
     pf_euler,
     pf_euler_sample,
@@ -64,6 +68,7 @@ from ddim_jax.sampling import (
     start_from,
     step_errors,
     trajectory,
+    variational_bound,
     watch,
 )
 from ddim_jax.version import __version__
@@ -71,8 +76,10 @@ from ddim_jax.weights import Model, load_model, load_torch, save_diffusers, save
 
 __all__ = [
     "METHODS",
+    "Bound",
     "Coefficients",
     "Denoiser",
+    "Density",
     "Inversion",
     "Method",
     "Model",
@@ -97,6 +104,7 @@ __all__ = [
     "ddim_sigma",
     "ddim_step",
     "ddpm",
+    "dequantise",
     "dynamic_threshold",
     "encode",
     "encoder",
@@ -112,6 +120,7 @@ __all__ = [
     "loss",
     "make_sampler",
     "multistep_sample",
+    "ode_density",
     "optimise_timesteps",
     "oracle",
     "pf_euler",
@@ -138,5 +147,6 @@ __all__ = [
     "timesteps",
     "to_x0_eps",
     "trajectory",
+    "variational_bound",
     "watch",
 ]

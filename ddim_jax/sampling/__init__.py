@@ -1,7 +1,9 @@
 """Sampling: methods as tables, the scan that runs them, and all that is built on it."""
 
 from ddim_jax.sampling.adams_bashforth import adams_bashforth, pf_euler
+from ddim_jax.sampling.bound import Bound, variational_bound
 from ddim_jax.sampling.clipping import clip_x0, dynamic_threshold
+from ddim_jax.sampling.density import Density, dequantise, ode_density
 from ddim_jax.sampling.editing import inpaint, start_from
 from ddim_jax.sampling.encoding import encode, encoder, reconstruct, reconstruction_error
 from ddim_jax.sampling.guidance import classifier, classifier_free, classifier_free_labels
