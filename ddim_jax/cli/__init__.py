@@ -39,7 +39,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "evaluate": (
         "ddim_jax.cli.evaluate:evaluate",
-        "Compare generated images with a data set: Fréchet distance, KID, precision and recall.",
+        "Compare generated images with a data set, or give real ones' bits/dim under a model.",
     ),
     "info": (
         "ddim_jax.cli.info:info",

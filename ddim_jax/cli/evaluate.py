@@ -10,7 +10,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ddim_jax.cli.options import check_writable
+from ddim_jax.cli.bits import Bits, BitsOptions, evaluate_bits
+from ddim_jax.cli.options import Source, SourceOptions, check_writable
 from ddim_jax.evaluation import evaluate as measure
 from ddim_jax.evaluation import parse_extractor, reference_statistics
 from ddim_jax.generation.shards import iter_shards, read_settings
@@ -19,6 +20,8 @@ from ddim_jax.training.presets import DataConfig
 
 def evaluate(
     images: tyro.conf.Positional[pathlib.Path],
+    bits: BitsOptions,
+    source: SourceOptions,
     data: str,
     split: str = "train",
     crop: tuple[int, int, int, int] | None = None,
@@ -28,10 +31,12 @@ def evaluate(
     reference: pathlib.Path | None = None,
     blocks: int = 20,
 ) -> None:
-    """Compare generated images with a data set: Fréchet distance, KID, precision and recall.
+    """Compare generated images with a data set, or give real ones' bits/dim under a model.
+
+    The former: Fréchet distance, KID, precision and recall. The latter: --bits.
 
     Args:
-      images: a folder of `ddim-jax generate`.
+      images: a folder of `ddim-jax generate`; with --bits a model, as `sample` takes it.
       data: the data set: "digits", or a prepared TFDS data set.
       split: its split.
       crop: what is first cut out of each of its images (top, left, height, width), as in training.
@@ -41,6 +46,13 @@ def evaluate(
       reference: file of the data set's statistics, made if missing; by default beside `images`.
       blocks: of the jackknife behind the standard error; 0 for none, which is faster.
     """
+    if bits.bits:
+        if (extractor, reference, blocks) != ("pixels", None, 20):
+            raise ValueError("--extractor, --reference and --blocks are for drawn images, not --bits")
+        config = DataConfig(data, split, crop, resize)
+        return evaluate_bits(str(images), config, data_dir, bits, source)
+    if (bits, source) != (Bits(), Source()):
+        raise ValueError("say --bits bound or --bits ode: the other options are those of a model")
     make, kind = parse_extractor(extractor), extractor.partition(":")[0]
     settings = read_settings(images)
     number, shape = settings["num_images"], tuple(settings["image_shape"])
