@@ -30,6 +30,8 @@ WINGS = [
 NEIGHBOURS = {("data", "pictures"), ("data", "storage"), ("pictures", "storage")}
 NEVER = {("networks", "process")}  # a sampler is given its network as an argument
 DOORS = {
+    "diffrax": {"sampling.density"},
+    "flatbuffers": {"generation.artifact"},
     "flax": {"networks.unet"},
     "grain": {"data.streams"},
     "huggingface_hub": set(),

@@ -47,7 +47,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "export": (
         "ddim_jax.cli.export:export",
-        "Write a model as one .safetensors file, or as a folder that diffusers loads.",
+        "Write a model as a .safetensors file or a diffusers folder, or a sampler as .stablehlo.",
     ),
 }
 GO_ON = ("demo", "generate", "evaluate")  # commands that, called again, go on where they were

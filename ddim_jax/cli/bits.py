@@ -58,7 +58,7 @@ class Bits:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {got}")
         if self.num_terms == 1:
             raise ValueError("--num-terms must be at least 2, or 0 for all t, got 1")
-        if not 0 < self.eta:
+        if not self.eta > 0:
             raise ValueError(f"--eta must be above 0, got {self.eta:g}: at 0 the bound is infinite")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"--tolerance must lie in (0, 1), got {self.tolerance:g}")

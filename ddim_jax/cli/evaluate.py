@@ -48,7 +48,7 @@ def evaluate(
     """
     if bits.bits:
         if (extractor, reference, blocks) != ("pixels", None, 20):
-            raise ValueError("--extractor, --reference and --blocks are for drawn images, not --bits")
+            raise ValueError("--extractor, --reference and --blocks are not for --bits")
         config = DataConfig(data, split, crop, resize)
         return evaluate_bits(str(images), config, data_dir, bits, source)
     if (bits, source) != (Bits(), Source()):

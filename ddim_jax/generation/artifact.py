@@ -6,7 +6,6 @@ inside, `out.safetensors`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,15 +15,20 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from ddim_jax.arrays import Array, ArrayLike, image_keys
+from ddim_jax.arrays import Array, ArrayLike
 from ddim_jax.generation.drawing import conditioned
-from ddim_jax.process.prediction import Predictor
-from ddim_jax.sampling import Method, Plan, find_method, initial_noise
-from ddim_jax.sampling.plan import run
+from ddim_jax.generation.program import (
+    image_shape_of,
+    in_dtype,
+    inputs_of,
+    named,
+    program_of,
+    rounded,
+)
+from ddim_jax.sampling import Method, find_method
 from ddim_jax.storage.files import write_whole
 from ddim_jax.storage.weights_file import read_safetensors, write_safetensors
 from ddim_jax.version import __version__
@@ -98,7 +102,7 @@ def export_sampler(
         not fit the model.
 
     Example:
-      >>> import ddim_jax as ddim, tempfile
+      >>> import ddim_jax as ddim, jax.numpy as jnp, tempfile
       >>> path = tempfile.mkdtemp() + "/x.stablehlo"
       >>> model = ddim.Model(lambda w, x, t: w * x, jnp.float32(0.5), ddim.linear_schedule(1000))
       >>> facts = export_sampler(model, [1, 500, 1000], path, image_shape=(8, 8, 1))
@@ -110,21 +114,21 @@ def export_sampler(
     files = _files(path, weights, overwrite)
     _check_choices(start, weights, dtype, platforms)
     _needs_flatbuffers()
-    shape = _image_shape(model, image_shape)
+    shape = image_shape_of(model, image_shape)
     chosen = find_method(method, eta) if isinstance(method, str) else method
     if not isinstance(method, str) and eta:
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
     plan = chosen(model.schedule, tau)
-    network = conditioned(_in_dtype(model, dtype), clip)
+    network = conditioned(in_dtype(model, dtype), clip)
     network.prediction.check(plan.told or plan.steps)
-    arrays = {name: _rounded(name, leaf, dtype) for name, leaf in _named(model.params).items()}
+    arrays = {name: rounded(name, leaf, dtype) for name, leaf in named(model.params).items()}
     classes = model.config.num_classes if model.config is not None else None
-    inputs = _inputs(plan, shape, start, classes, guidance)
-    program = _program(network, plan, shape, [value["name"] for value in inputs])
+    inputs = inputs_of(plan, shape, start, classes, guidance)
+    program = program_of(network, plan, shape, [value["name"] for value in inputs])
     if weights == "inside":
         program = partial(program, {name: np.asarray(a) for name, a in arrays.items()})
     scope = export.SymbolicScope()
-    specs = [
+    specs: list[Any] = [
         jax.ShapeDtypeStruct(
             export.symbolic_shape(",".join(map(str, value["shape"])), scope=scope), value["dtype"]
         )
@@ -134,32 +138,14 @@ def export_sampler(
         specs = [{n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}, *specs]
     exported = export.export(jax.jit(program), platforms=list(platforms))(*specs)
     content = bytes(exported.serialize())
-    facts = {
-        "format": FORMAT,
-        "kind": KIND,
+    facts = _facts(model, exported, inputs, shape, arrays, dtype) | {
         "file": {"name": files[0].name, "sha256": hashlib.sha256(content).hexdigest()},
-        "inputs": inputs,
-        "output": {"shape": ["b", *shape], "dtype": "float32", "range": [-1, 1]},
-        "platforms": list(exported.platforms),
         "sampling": {
             "method": method if isinstance(method, str) else getattr(method, "__qualname__", ""),
-            "eta": float(eta),
-            "tau": np.asarray(tau).tolist(),
-            "clip": clip,
-        },
-        "schedule": model.facts.get("schedule", repr(model.schedule)),
-        "prediction": model.prediction.kind,
-        "weights": {
-            "file": files[2].name if weights == "beside" else None,
-            "dtype": dtype,
-            "parameters": sum(a.size for a in arrays.values()),
-            "sha256": _digest(arrays),
-        },
-        "versions": {
-            **{"ddim_jax": __version__, "jax": jax.__version__},
-            "calling_convention": exported.calling_convention_version,
+            **{"eta": float(eta), "tau": np.asarray(tau).tolist(), "clip": clip},
         },
     }
+    facts["weights"]["file"] = files[2].name if weights == "beside" else None
     if weights == "beside":
         write_safetensors(files[2], arrays, {})
     write_whole(files[0], content)
@@ -189,18 +175,18 @@ def load_sampler(path: str | os.PathLike[str]) -> Artifact:
             raise FileNotFoundError(f"no {file}: a sampler is {path.name} and {description.name}")
     facts, content = _described(description), path.read_bytes()
     if hashlib.sha256(content).hexdigest() != facts["file"]["sha256"]:
-        raise ValueError(f"{path} is not the file that {description.name} describes: its SHA-256 differs")
+        raise ValueError(f"{path} is not the file of {description.name}: its SHA-256 differs")
     here = jax.default_backend()
     if here not in facts["platforms"] and not (here == "gpu" and _has_gpu(facts["platforms"])):
         raise ValueError(
             f"{path} is for {', '.join(facts['platforms'])}, and this is {here}: export it with "
             f"--platforms {' '.join([*facts['platforms'], here])}"
         )
-    program = jax.jit(export.deserialize(bytearray(content)).call)
+    program: Callable[..., Array] = jax.jit(export.deserialize(bytearray(content)).call)
     if (beside := facts["weights"]["file"]) is not None:
         arrays = read_safetensors(path.with_name(beside))[0]
         if _digest(arrays) != facts["weights"]["sha256"]:
-            raise ValueError(f"{beside} does not hold the weights that {description.name} describes")
+            raise ValueError(f"{beside} does not hold the weights of {description.name}")
         program = partial(program, jax.device_put(arrays))
     names = [value["name"] for value in facts["inputs"]]
 
@@ -212,78 +198,32 @@ def load_sampler(path: str | os.PathLike[str]) -> Artifact:
     return Artifact(call, facts)
 
 
-def _program(
-    network: Model, plan: Plan, shape: tuple[int, ...], names: list[str]
-) -> Callable[..., Array]:
-    """(arrays by name, *inputs) → x_0."""
-    tree = jax.tree.structure(network.params)
-    order = list(_named(network.params))
-    dtypes = {name: jnp.asarray(leaf).dtype for name, leaf in _named(network.params).items()}
-
-    def program(arrays: dict[str, Any], *values: Array) -> Array:
-        # Behind the barrier, so that XLA takes constants as it takes arguments.
-        held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, arrays))
-        params = jax.tree.unflatten(tree, [held[name].astype(dtypes[name]) for name in order])
-        given = dict(zip(names, values, strict=True))
-        labels, scale = given.get("labels"), given.get("scale")
-        denoise = partial(network.apply_fn, params, labels=labels, guidance=scale)
-        if "seed" in given:
-            key, noise_key = jax.random.split(jax.random.key(given["seed"]))
-            x_T = initial_noise(key, given["numbers"], shape)
-            keys = image_keys(noise_key, given["numbers"])
-        else:
-            x_T = given["x_T"]
-            numbers = jnp.arange(x_T.shape[0], dtype=jnp.uint32)
-            keys = image_keys(given["key"], numbers) if "key" in given else None
-        noisy = plan.steps.sigma is not None
-        return run(denoise, x_T, plan, keys if noisy else None)[0]
-
-    return program
-
-
-def _inputs(
-    plan: Plan, shape: tuple[int, ...], start: str, classes: int | None, guidance: bool
-) -> list[dict[str, Any]]:
-    """What the program takes besides weights; b is the batch."""
-    if start == "seed":
-        inputs = [("seed", [], "uint32"), ("numbers", ["b"], "uint32")]
-    else:
-        inputs = [("x_T", ["b", *shape], "float32")]
-        inputs += [("key", [2], "uint32")] if plan.steps.sigma is not None else []
-    if classes is not None:
-        inputs += [("labels", ["b"], "int32")]
-        inputs += [("scale", [], "float32")] if guidance else []
-    return [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inputs]
-
-
-def _in_dtype(model: Model, dtype: str) -> Model:
-    """The model whose network computes in `dtype`, where that is bfloat16."""
-    if dtype != "bfloat16":
-        return model
-    if model.config is None:
-        raise ValueError('dtype="bfloat16" is for our U-Net: this model has no config')
-    from ddim_jax.networks.unet import make_apply  # here, as flax takes half a second to import
-
-    apply_fn = make_apply(dataclasses.replace(model.config, dtype=dtype))
-    return model._replace(apply_fn=Predictor(apply_fn, model.prediction))
-
-
-def _named(params: Any) -> dict[str, Any]:
-    """Leaves by their path, "down/0/conv/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path) or "weight": leaf for path, leaf in leaves}
-
-
-def _rounded(name: str, leaf: Any, dtype: str) -> np.ndarray:
-    array = np.asarray(leaf)
-    if array.dtype != np.float32 or dtype == "float32":
-        return array
-    with np.errstate(over="ignore"):
-        rounded = array.astype(jnp.dtype(dtype))
-    if np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all():
-        raise ValueError(f"params/{name} holds values that {dtype} cannot; use dtype='float32'")
-    return rounded
+def _facts(
+    model: Model,
+    exported: export.Exported,
+    inputs: list[dict[str, Any]],
+    shape: tuple[int, ...],
+    arrays: dict[str, np.ndarray],
+    dtype: str,
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": KIND,
+        "inputs": inputs,
+        "output": {"shape": ["b", *shape], "dtype": "float32", "range": [-1, 1]},
+        "platforms": list(exported.platforms),
+        "schedule": model.facts.get("schedule", repr(model.schedule)),
+        "prediction": model.prediction.kind,
+        "weights": {
+            "dtype": dtype,
+            "parameters": sum(array.size for array in arrays.values()),
+            "sha256": _digest(arrays),
+        },
+        "versions": {
+            **{"ddim_jax": __version__, "jax": jax.__version__},
+            "calling_convention": exported.calling_convention_version,
+        },
+    }
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
@@ -322,19 +262,6 @@ def _check_choices(start: str, weights: str, dtype: str, platforms: Sequence[str
         raise ValueError(f"platforms must be some of {PLATFORMS}, got {platforms!r}")
     if len(set(platforms)) != len(platforms):
         raise ValueError(f"platforms must name each once, got {platforms!r}")
-
-
-def _image_shape(model: Model, image_shape: Sequence[int] | None) -> tuple[int, ...]:
-    if model.config is None and image_shape is None:
-        raise ValueError(
-            "a model without a config does not know the shape of its images: pass "
-            "image_shape=(H, W, C)"
-        )
-    if model.config is None:
-        return tuple(image_shape or ())
-    if image_shape is not None and tuple(image_shape) != model.image_shape:
-        raise ValueError(f"the model has images {model.image_shape}, got image_shape {image_shape}")
-    return model.image_shape
 
 
 def _described(path: pathlib.Path) -> dict[str, Any]:

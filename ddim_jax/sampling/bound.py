@@ -95,7 +95,9 @@ def variational_bound(
       ((3,), (8, 3))
     """
     x_0 = check_levels(x_0)
-    table, prior = _table(schedule, range(1, schedule.num_steps + 1) if tau is None else tau, eta)
+    table, prior_of = _table(
+        schedule, range(1, schedule.num_steps + 1) if tau is None else tau, eta
+    )
     table = table._replace(
         log_ratio=_log_ratio(schedule, table, variance, log_variance is not None)
     )
@@ -103,7 +105,7 @@ def variational_bound(
     steps = len(table.t)
     keys, batch = image_keys(key, x_0.shape[0]), x_0.shape[:1]
     if num_terms is None:
-        rows, chance = np.broadcast_to(np.arange(steps)[:, None], (steps, *batch)), None
+        rows: Any = np.broadcast_to(np.arange(steps)[:, None], (steps, *batch))
     else:
         if num_terms < 2 or steps < 2:
             raise ValueError(
@@ -118,8 +120,8 @@ def variational_bound(
     table = jax.tree.map(partial(_cast, like=x_0), table)
     body = partial(_term, denoise, log_variance, x_0, keys, table)
     t, terms = jax.lax.scan(body, None, (jnp.asarray(rows), jnp.arange(len(rows))))[1]
-    prior = jax.vmap(lambda x: prior(x).sum())(x_0)
-    if chance is None:
+    prior = jax.vmap(lambda x: prior_of(x).sum())(x_0)
+    if num_terms is None:
         return Bound(prior + terms.sum(0), None, prior, terms[0], t[1:], terms[1:])
     each = terms[1:] / jnp.asarray(chance, terms.dtype)[rows[1:]]
     se = each.std(0, ddof=1) / np.sqrt(len(each))
@@ -128,7 +130,7 @@ def variational_bound(
 
 def check_levels(x_0: Array) -> Array:
     """x_0 in at least float32; refuses what is not at the levels 2k/255 − 1."""
-    if not jnp.issubdtype(getattr(x_0, "dtype", None), jnp.floating):
+    if not (hasattr(x_0, "dtype") and jnp.issubdtype(x_0.dtype, jnp.floating)):
         raise TypeError(
             f"expected floating images in [-1, 1], got {getattr(x_0, 'dtype', type(x_0).__name__)};"
             " of uint8 ones take x / 127.5 - 1"
@@ -158,8 +160,8 @@ def _table(schedule: Schedule, tau: Any, eta: float) -> tuple[_Row, Callable[[Ar
         )
     t, s = (v[::-1] for v in pairs(schedule, tau))
     ddpm, c = coefficients(schedule, t, s, 1.0), coefficients(schedule, t, s, eta)
-    first = sigma_hat(schedule, t[:1], s[:1]) if len(t) == 1 else ddpm.sigma[1:2]
-    sigma = np.concatenate([first, c.sigma[1:]])
+    first = sigma_hat(schedule, t[:1], s[:1]) if len(t) == 1 else np.asarray(ddpm.sigma)[1:2]
+    sigma = np.concatenate([np.atleast_1d(first), c.sigma[1:]])
     kappa = c.direction / c.sqrt_one_minus_alpha_bar_t
     lam = c.sqrt_alpha_bar_s - kappa * c.sqrt_alpha_bar_t
     a, b = c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t
@@ -207,7 +209,7 @@ def _term(
     row, number = at
     here: Any = jax.tree.map(lambda v: v[row].reshape(row.shape + (1,) * (x_0.ndim - 1)), table)
     t = table.t[row]
-    noise_of = lambda key: jax.random.normal(  # noqa: E731
+    noise_of = lambda key: jax.random.normal(
         jax.random.fold_in(key, number + 1), x_0.shape[1:], x_0.dtype
     )
     x_t = here.a * x_0 + here.b * jax.vmap(noise_of)(keys)

@@ -43,9 +43,9 @@ def ode_density(
     (2021, App. D) use it. The trace is exact, one derivative a pixel, or Hutchinson's: vᵀJv with
     v of ±1, the same along the whole path, unbiased.
 
-    The time told is real: t with log σ_t interpolated linearly between whole t (`process.continuous`).
-    Below σ_1 nothing was trained, and the field stays that of t = 1: the flow of which the last step
-    of `ddim` is Euler's. The solver is diffrax's Dopri5 in log(1 + σ/σ_1), one step size for the
+    The time told is real, log σ_t being linear between whole t (`process.continuous`). Below σ_1
+    nothing was trained, and the field stays that of t = 1: the last step of `ddim` is Euler's step
+    of that flow. The solver is diffrax's Dopri5 in log(1 + σ/σ_1), one step size for the
     whole batch, so that an image's value depends on its neighbours within the tolerance.
 
     Pure and not jitted. `denoise` must take floating t: our U-Net and the oracles do.

@@ -30,7 +30,7 @@ def flatten(schedule: Schedule, x: Array, t: ArrayLike) -> tuple[Array, Array, A
     dtype = x.dtype if x.dtype.itemsize >= 4 else jnp.float32
     flat = x.reshape(x.shape[0], -1).astype(dtype)
     if jnp.issubdtype(jnp.result_type(t), jnp.floating):  # between the whole t: see `continuous`
-        both = signal_and_noise(schedule, t)
+        both: Any = signal_and_noise(schedule, t)
     else:
         c = coefficients(schedule, t, t * 0)
         both = c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t
