@@ -165,7 +165,7 @@ def _table(schedule: Schedule, tau: Any, eta: float) -> tuple[_Row, Callable[[Ar
     kappa = c.direction / c.sqrt_one_minus_alpha_bar_t
     lam = c.sqrt_alpha_bar_s - kappa * c.sqrt_alpha_bar_t
     a, b = c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t
-    top, width = float(a[-1] ** 2), float(b[-1] ** 2)
+    top, width = float(np.asarray(a)[-1] ** 2), float(np.asarray(b)[-1] ** 2)
     log_variance = 2 * np.log(sigma)
     row = _Row(t, a, b, lam / sigma, kappa / sigma, log_variance, np.zeros_like(sigma))
     return row, lambda x: (top * jnp.square(x) + width - 1 - float(np.log(width))) / 2
@@ -209,9 +209,10 @@ def _term(
     row, number = at
     here: Any = jax.tree.map(lambda v: v[row].reshape(row.shape + (1,) * (x_0.ndim - 1)), table)
     t = table.t[row]
-    noise_of = lambda key: jax.random.normal(
-        jax.random.fold_in(key, number + 1), x_0.shape[1:], x_0.dtype
-    )
+
+    def noise_of(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, number + 1), x_0.shape[1:], x_0.dtype)
+
     x_t = here.a * x_0 + here.b * jax.vmap(noise_of)(keys)
     c = Coefficients(here.a, here.b, here.a, here.b, None)  # those of s are not used
     predicted, eps = prediction_of(denoise).x0_eps(c, x_t, call(denoise, x_t, t))
