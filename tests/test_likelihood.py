@@ -1,5 +1,6 @@
 """Bits per dimension against closed forms: the bound of the chain, and the density of the ODE."""
 
+import itertools
 import math
 import sys
 
@@ -34,7 +35,7 @@ def expected_terms(a, tau, x, v, eta, ratio=1.0, decoder_sigma=None):
     (x_0 − x̂_0)² has the mean (1 − c√ᾱ)² x² + c² (1 − ᾱ); μ_q − μ_p = λ (x_0 − x̂_0).
     """
     out = [(a[tau[-1]] * x**2 + (1 - a[tau[-1]]) - 1 - math.log(1 - a[tau[-1]])) / 2]
-    for s, t in zip(tau[:-1], tau[1:], strict=True):
+    for s, t in itertools.pairwise(tau):
         sigma = eta_sigma(a, t, s, eta)
         kappa = math.sqrt((1 - a[s] - sigma**2) / (1 - a[t]))
         lam = math.sqrt(a[s]) - kappa * math.sqrt(a[t])

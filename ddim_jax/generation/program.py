@@ -27,8 +27,8 @@ def program_of(
     dtypes = {name: jnp.asarray(leaf).dtype for name, leaf in named(network.params).items()}
 
     def program(arrays: dict[str, Any], *values: Array) -> Array:
-        # Behind the barrier XLA takes constants as `make_sampler`'s arguments: bit for bit.
-        held, table = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, (arrays, plan)))
+        # Behind the barrier XLA does not spend its time on folding constants of megabytes.
+        held = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, arrays))
         params = jax.tree.unflatten(tree, [held[name].astype(dtypes[name]) for name in order])
         given = dict(zip(names, values, strict=True))
         labels, scale = given.get("labels"), given.get("scale")
@@ -41,7 +41,7 @@ def program_of(
             x_T, noise_key = given["x_T"], given.get("key")
             numbers = jnp.arange(x_T.shape[0], dtype=jnp.uint32)
         noisy = plan.steps.sigma is not None
-        return run(denoise, x_T, table, image_keys(noise_key, numbers) if noisy else None)[0]
+        return run(denoise, x_T, plan, image_keys(noise_key, numbers) if noisy else None)[0]
 
     return program
 
