@@ -1,7 +1,10 @@
 """Bits per dimension against closed forms: the bound of the chain, and the density of the ODE."""
 
 import itertools
+import json
 import math
+import pathlib
+import re
 import sys
 
 import jax
@@ -12,9 +15,12 @@ import pytest
 import ddim_jax as ddim
 from ddim_jax.data import load
 from ddim_jax.evaluation import bits_per_dim
+from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.continuous import signal_and_noise, time_at
 from ddim_jax.sampling.bound import log_mass
+from ddim_jax.weights import to_facts
 from tests.reference import alpha_bar_linear, eta_sigma
+from tests.test_cli import command as command
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -305,3 +311,37 @@ def test_diffrax_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(ModuleNotFoundError, match="needs diffrax: pip install diffrax"):
         density(probes="exact")
+
+
+def test_the_command(command, tmp_path):
+    config = UNetConfig(8, 1, 32, (1,), 1, (), 0.0)
+    facts = to_facts(ddim.ScheduleConfig(num_steps=1000), config, "eps")
+    apply_fn, params = build(config, KEY)
+    model = ddim.Model(apply_fn, params, ddim.linear_schedule(1000), config, facts)
+    ddim.save_model("m.safetensors", model)
+    few = "--data digits --num-images 5 --num-terms 8 --batch-size 3"
+    said = command(f"evaluate m.safetensors --bits bound {few} --out b.json")
+    assert re.fullmatch(r"bits/dim \(bound\) [\d.]+ ± [\d.]+ \(5 images\): .*decoder.*\n", said)
+    saved = json.loads(pathlib.Path("b.json").read_text())
+    assert (saved["size"], saved["num_terms"], saved["model"]) == (5, 8, "m.safetensors")
+    assert saved["data"]["name"] == "digits"
+    # The network gives ε = 0: the squares of ε itself, so that the digits' 5 bits become many.
+    assert 8 < saved["bits"]["value"] < 40
+    for line, says in [
+        (f"--bits bound {few} --out b.json", "b.json exists; choose another, or pass --overwrite"),
+        ("--bits bound --data digits --num-images 1798", "at most 1,797"),
+        ("--bits bound --data digits --num-images 0", "--num-images must be at least 1"),
+        ("--bits bound --data digits --num-terms 1", "at least 2, or 0 for all"),
+        ("--bits bound --data digits --eta 0", "--eta must be above 0"),
+        ("--bits bound --data digits --probes 3", "--probes has no meaning with --bits bound"),
+        ("--bits ode --data digits --eta 0.5", "--eta has no meaning with --bits ode"),
+        ("--bits ode --data digits --tolerance 2", "--tolerance must lie in"),
+        ("--bits ode --data digits --seed -1", "--seed must be in"),
+        ("--bits ode --data digits --blocks 3", "are not for --bits"),
+        ("--bits ode --data nothing", "no data set 'nothing'"),
+        ("--data digits --num-terms 8", "say --bits bound or --bits ode"),
+    ]:
+        with pytest.raises(SystemExit, match=says):
+            command(f"evaluate m.safetensors {line}")
+    with pytest.raises(SystemExit, match="no model 'nothing'"):
+        command("evaluate nothing --bits ode --data digits")

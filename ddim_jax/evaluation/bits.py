@@ -92,11 +92,13 @@ def bits_per_dim(
 
     Example:
       >>> import ddim_jax as ddim
-      >>> from ddim_jax.data import load
-      >>> images = load("digits").take(np.arange(0, 1797, 100))["image"]
-      >>> bits = bits_per_dim(ddim.load_model("digits"), images, num_terms=16, batch_size=18)
-      >>> bits.per_image.shape, bits.figure.name, 2 < bits.figure.value < 6
-      ((18,), 'bits/dim (bound)', True)
+      >>> schedule = ddim.linear_schedule(1000)
+      >>> exact = ddim.oracle.gaussian(schedule, mean=0.0, cov=0.1)
+      >>> model = ddim.Model(lambda w, x, t: exact(x, t), (), schedule)
+      >>> images = np.full((4, 2, 2, 1), 128, np.uint8)
+      >>> bits = bits_per_dim(model, images, num_terms=32)
+      >>> bits.per_image.shape, bits.figure.name, 6 < bits.figure.value < 9
+      ((4,), 'bits/dim (bound)', True)
     """
     if by not in BY:
         raise ValueError(f"by must be one of {BY}, got {by!r}")

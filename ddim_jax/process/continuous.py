@@ -23,8 +23,8 @@ def log_sigma(schedule: Schedule) -> Any:
 
     Example:
       >>> import ddim_jax as ddim
-      >>> [round(float(u), 4) for u in log_sigma(ddim.schedule_from_alpha_bar([1, 0.5, 0.1]))]
-      [0.0, 1.0986]
+      >>> [round(float(u), 4) for u in log_sigma(ddim.schedule_from_alpha_bar([1, 0.4, 0.1]))]
+      [0.2027, 1.0986]
     """
     if is_concrete(schedule) and np.isneginf(np.asarray(schedule.log_alpha_bar)[-1]):
         raise ValueError(
