@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax.pictures.images import crop_resize, decode, grid, save_png, to_model, to_uint8
+from ddim_jax.pictures.decoding import decode
+from ddim_jax.pictures.images import crop_resize, grid, save_png, to_model, to_uint8
 
 
 def test_every_pixel_value_survives_the_round_trip():
