@@ -1,8 +1,8 @@
 """What a folder of pictures holds: found once, kept in a cache, known again by its content.
 
-The cache is $XDG_CACHE_HOME/ddim_jax/data, by default ~/.cache/ddim_jax/data; the folder itself is
-never written to. A file is read again where its size or time of change differs. What was read under
-each digest is kept too, so that a changed folder can be compared, file by file.
+The cache is $DDIM_JAX_CACHE, else $XDG_CACHE_HOME/ddim_jax/data, else ~/.cache/ddim_jax/data; the
+folder itself is never written to. A file is read again where its size or time of change differs.
+What was read under each digest is kept too, so that a changed folder can be compared file by file.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from ddim_jax.data.reader import reason
 from ddim_jax.pictures.decoding import Kind, examine
 from ddim_jax.storage.files import write_whole
 
+CACHE_VARIABLE = "DDIM_JAX_CACHE"
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
 }
@@ -51,6 +52,8 @@ class Index(NamedTuple):
 
 def cache_folder() -> pathlib.Path:
     """Where indices are kept."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return pathlib.Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(home).expanduser() / "ddim_jax" / "data"
 
