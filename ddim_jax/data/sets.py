@@ -79,7 +79,7 @@ def load(
     choices.colour  # noqa: B018  a ValueError if it is none
     path, name = path_of(name, data_dir), os.fspath(name)
     if path is not None:
-        return _own_files(path, name, split, choices)
+        return _own_files(path.absolute(), name, split, choices)
     if name.startswith(HUGGING_FACE):
         return hugging_face.load_named(name.removeprefix(HUGGING_FACE), split, choices)
     if labels is not None or background is not None:
