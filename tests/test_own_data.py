@@ -266,6 +266,25 @@ def test_a_second_start_reads_only_what_has_changed(pictures, cache, monkeypatch
     assert len(looked) == 22
 
 
+def test_a_stopped_start_goes_on(pictures, monkeypatch):
+    looked, last = [], (pictures / "9.png").read_bytes()
+    examine = index.examine
+
+    def look(content):
+        looked.append(content)
+        if content == last and looked.count(last) == 1:
+            raise KeyboardInterrupt
+        return examine(content)
+
+    monkeypatch.setattr(index, "BLOCK", 4)
+    monkeypatch.setattr(index, "CHUNK", 1)
+    monkeypatch.setattr(index, "examine", look)
+    with pytest.raises(KeyboardInterrupt):
+        data.load(pictures)
+    assert len(data.load(pictures)) == 10
+    assert len(looked) == 10 + 2  # eight were kept
+
+
 def test_what_could_not_be_read_is_tried_again(pictures, monkeypatch):
     read = pathlib.Path.read_bytes
     with monkeypatch.context() as patch:
@@ -449,6 +468,16 @@ def test_grey_is_read_as_colour_by_choice_and_colour_as_grey_where_it_has_none(p
     assert "none has colours" not in data.inspect(pictures)[0]
     with pytest.raises(ValueError, match=r"1 of 12 files(.|\n)*z.png: it has colours, where grey"):
         data.load(pictures, channels=1)
+
+
+def test_grey_on_grey_stays_grey_and_on_colour_becomes_colour(tmp_path):
+    (tmp_path / "clear").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 2), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "clear" / "0.png")
+    shapes = {c: data.load(tmp_path / "clear", background=c).image_shape for c in ("#777", "red")}
+    assert shapes == {"#777": (4, 4, 1), "red": (4, 4, 3)}
+    with pytest.raises(ValueError, match="it has colours, where grey is wanted"):
+        data.load(tmp_path / "clear", background="red", channels=1)
 
 
 def test_one_picture_is_a_data_set(tmp_path):
