@@ -274,7 +274,7 @@ def test_the_defaults_of_diffusers_are_refused():
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatch"),
         ({"trained_betas": [0.1]}, "trained_betas is"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
         ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
