@@ -4,7 +4,8 @@ Two of x_t, x_0, ε and v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 fix the other t
 App. D), so that every sampler takes every prediction type.
 
 "edm" is F_θ of Karras et al. (2022), Eq. 7: D = c_skip y + c_out F_θ(c_in y) at noise level σ.
-With y = x_t/√ᾱ_t, σ² = (1 − ᾱ_t)/ᾱ_t, the data's σ_d and s² = ᾱ_t σ_d² + 1 − ᾱ_t, the variance of x_t,
+With y = x_t/√ᾱ_t, σ² = (1 − ᾱ_t)/ᾱ_t, and s² = ᾱ_t σ_d² + 1 − ᾱ_t the variance of x_t for data of
+variance σ_d²,
 
     x̂_0 = √ᾱ_t σ_d²/s² · x_t + √(1 − ᾱ_t) σ_d/s · F_θ(x_t/s, t)
 

@@ -186,7 +186,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """
 
     def rate(count: jax.Array) -> jax.Array:
-        warm = jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
+        warm = jnp.minimum((count + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
         if config.cosine_decay:
             warm *= (1 + jnp.cos(jnp.pi * count / config.num_updates)) / 2
         return config.learning_rate * warm
