@@ -4,52 +4,32 @@
 
 Networks of one preset learn from the same batches, for as many updates, and are scored by the
 Fréchet distance at η = 0 from the same x_T. The data lie on the device; but for a CPU, whose loops
-are slow, many updates are one call. What a run is (seed, length, learning rate, γ, schedule) are
-arguments of the compiled program: one compilation serves all that predict alike. An .npz file holds
-`images`, uint8 (N, H, W[, C]), and is learned by the network of the preset with images of its shape.
+are slow, many updates are one call. What tells a run from others (seed, length, learning rate, γ,
+ᾱ) is an argument of the compiled program: one compilation serves all that predict alike. An .npz
+file holds `images`, uint8 (N, H, W[, C]), for the network of the preset with images of that shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 import ddim_jax as ddim
 from ddim_jax import data
 from ddim_jax.data import Dataset
-from ddim_jax.evaluation import features, frechet_jackknife, moments
-from ddim_jax.networks import unet
-from ddim_jax.pictures.images import to_model, to_uint8
-from ddim_jax.process.prediction import Predictor
-from ddim_jax.sampling.plan import Plan
-from ddim_jax.sampling.plan import run as run_plan
 from ddim_jax.training.presets import PRESETS, Preset
-from ddim_jax.training.step import TrainConfig, TrainState, ema_rate, init_state, make_optimizer
+from ddim_jax.training.step import TrainConfig
 from experiments import drawing
 from experiments.arguments import parse, run
-from experiments.common import Cell, Experiment, jackknife_blocks
-
-
-class Objective(NamedTuple):
-    """What a network learns, and γ_t and ᾱ_t of it."""
-
-    prediction: str
-    gamma: str = "one"
-    zero_terminal_snr: bool = False
-
+from experiments.common import Cell, Experiment
+from experiments.on_device import NUMBERS, Bench, Objective
 
 OBJECTIVES = {
     "eps": Objective("eps"),
@@ -78,11 +58,9 @@ HELP = {
     "objectives": f"of {', '.join(OBJECTIVES | MORE)}",
     "seeds": "of the network and its batches",
     "updates": "lengths of training, each with its own decay of the rate; 0 for the preset's",
-    "recipes": "the preset's, or name=value[,name=value]: learning_rate, warmup_steps, ema_decay, …",
+    "recipes": "the preset, or name=value[,name=value]: learning_rate, warmup_steps, ema_decay",
     "chunk": "updates in one call, where that is no CPU",
 }
-NUMBERS = ("num_updates", "learning_rate", "warmup_steps", "grad_clip", "adam_b1", "adam_b2",
-           "adam_eps", "ema_decay", "seed")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:
@@ -102,17 +80,18 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     experiment = Experiment("objectives", args)
     experiment.dataset = dataset
     network = dataclasses.replace(preset.model, dtype=args.dtype or preset.model.dtype)
-    bench = _Bench(experiment, preset, network)
-    experiment.begin(data=dataset.provenance, network=dataclasses.asdict(network),
-                     train=dataclasses.asdict(preset.train), sigma_data=bench.sigma_data)  # fmt: skip
+    bench = Bench(experiment, preset, network)
+    what = {"network": dataclasses.asdict(network), "train": dataclasses.asdict(preset.train)}
+    experiment.begin(data=dataset.provenance, sigma_data=bench.sigma_data, **what)
     cells = []
     for name in args.objectives:
+        objective = (OBJECTIVES | MORE)[name]
         for recipe, config in recipes.items():
             for updates in args.updates:
                 for seed in args.seeds:
                     now = dataclasses.replace(config, num_updates=updates, seed=seed)
                     key = f"{name}-{recipe}-{updates}-seed{seed}"
-                    cell = experiment.cell(key, partial(bench.judged, key, name, now))
+                    cell = experiment.cell(key, partial(bench.judged, key, objective, now))
                     run_of = {"objective": name, "recipe": recipe, "updates": updates, "seed": seed}
                     cells.append({**run_of, **cell})
     rows = [row for s in args.steps for row in summary(cells, s)]
@@ -121,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
               f"{row['distance']:.4f} ± {row['se']:.4f}", flush=True)  # fmt: skip
     series: dict[str, Any] = {}
     for row in rows:
-        label = ", ".join([row["objective"], *([row["recipe"]] if len(recipes) > 1 else []),
-                           *([f"{row['updates']:,}"] if len(args.updates) > 1 else [])])  # fmt: skip
+        label = ", ".join(run_name(row, len(recipes) > 1, len(args.updates) > 1))
         for values, name in zip(series.setdefault(label, ([], [], [])), ("S", "distance", "se")):
             values.append(row[name])
     floors = [experiment.floor(n) for n in sorted({experiment.num_images(s) for s in args.steps})]
@@ -132,6 +110,12 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     )
     figure = drawing.lines(series, "network calls S", "FD-pixels")
     return experiment.finish(cells, figure, caption, rows=rows, floors=floors, name="FD-pixels")
+
+
+def run_name(row: Cell, recipe: bool, updates: bool) -> list[str]:
+    """The words that tell a row from the others."""
+    words = [row["objective"], row["recipe"], f"{row['updates']:,} updates"]
+    return [word for word, shown in zip(words, (True, recipe, updates)) if shown]
 
 
 def summary(cells: Sequence[Cell], steps: int) -> list[Cell]:
@@ -167,163 +151,6 @@ def p2(schedule: ddim.Schedule, prediction: ddim.Prediction) -> np.ndarray:
     return (1 - a) * a
 
 
-class _Bench:
-    """The data on the device, one program for each prediction, and what is done with them."""
-
-    def __init__(self, experiment: Experiment, preset: Preset, network: unet.UNetConfig):
-        self.experiment, self.preset, self.network = experiment, preset, network
-        self.apply_fn = unet.make_apply(network)
-        images = experiment.dataset.arrays()["image"]
-        self.images, self.shape = jnp.asarray(images), experiment.dataset.image_shape
-        self.sigma_data = round(float(np.std(images / 127.5)), 2)
-        self.on_cpu = jax.default_backend() == "cpu"
-        self.x_T = functools.cache(
-            lambda n: ddim.initial_noise(jax.random.key(experiment.args.seed), n, self.shape)
-        )
-
-    @functools.cached_property
-    def reference(self) -> Any:
-        """Moments of all data."""
-        return moments(self.features(np.asarray(self.images)))
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """(n, d) pixels as the extractor has them."""
-        return np.concatenate(list(features(self.experiment.extractor, images)))
-
-    def predicting(self, prediction: ddim.Prediction, schedule: ddim.Schedule) -> Predictor:
-        """The network, of one prediction type, for one schedule."""
-        own = {"sigma_data": prediction.sigma_data} if prediction.kind == "edm" else {}
-        made: Predictor = ddim.predicts(self.apply_fn, prediction.kind, schedule=schedule, **own)
-        return made
-
-    @functools.cache  # noqa: B019 - one bench a process
-    def trainer(self, prediction: ddim.Prediction, cosine_decay: bool) -> Callable[..., Any]:
-        """Jitted (state, indices, images, schedule, γ, numbers) → (state, losses).
-
-        The step of `ddim_jax.training.make_train_step` for networks without dropout or classes.
-        """
-
-        def update(state: TrainState, indices: Any, images: Any, schedule: Any, gamma: Any,
-                   numbers: Any) -> tuple[TrainState, jax.Array]:  # fmt: skip
-            config: Any = SimpleNamespace(cosine_decay=cosine_decay, **numbers)
-            apply_fn = self.predicting(prediction, schedule)
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-            key = jax.random.split(jax.random.split(key, 3)[0])[0]
-
-            def loss(params: Any) -> jax.Array:
-                denoise = partial(apply_fn, params)
-                return ddim.loss(denoise, schedule, to_model(images[indices]), key, gamma)
-
-            value, grads = jax.value_and_grad(loss)(state.params)
-            optimizer = make_optimizer(config)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            rate = ema_rate(state.step, config.ema_decay)
-            ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
-            return TrainState(state.step + 1, params, ema, opt_state), value
-
-        def many(state: TrainState, indices: Any, *given: Any) -> tuple[TrainState, jax.Array]:
-            return jax.lax.scan(lambda state, i: update(state, i, *given), state, indices)
-
-        return jax.jit(update if self.on_cpu else many, donate_argnums=0)
-
-    def trained(self, key: str, objective: Objective, config: TrainConfig) -> tuple[Any, float]:
-        """The moving average after training, and the mean of the last 100 losses."""
-        prediction, schedule = self.prediction(objective), self.schedule(objective)
-        gamma = ddim.find_gamma(objective.gamma)(schedule, prediction).astype(np.float32)
-        numbers = {n: np.asarray(getattr(config, n), _kind(n)) for n in NUMBERS}
-        given = (self.images, schedule, gamma, numbers)
-        train = self.trainer(prediction, config.cosine_decay)
-        params = unet.build(self.network, jax.random.key(config.seed))[1]
-        state, losses, began = init_state(params, config), [], time.perf_counter()
-        shown, first = began, True
-        batches = batch_numbers(len(self.images), config.batch_size, config.seed)
-        size = 1 if self.on_cpu else math.gcd(config.num_updates, self.experiment.args.chunk)
-        for done in range(0, config.num_updates, size):
-            indices = np.stack([next(batches) for _ in range(size)])
-            state, value = train(state, indices[0] if self.on_cpu else indices, *given)
-            losses.append(value)
-            last = done + size == config.num_updates
-            if first or last or time.perf_counter() - shown > 15:
-                now = float(np.mean(jax.device_get(value)))
-                shown, first = time.perf_counter(), False
-                print(f"  {key}: update {done + size:,} of {config.num_updates:,}, loss {now:.4f}, "
-                      f"{shown - began:.1f} s", flush=True)  # fmt: skip
-        return state.ema, float(np.mean(np.concatenate([np.ravel(v) for v in losses])[-100:]))
-
-    @functools.cache  # noqa: B019
-    def sampler(self, prediction: ddim.Prediction) -> Callable[..., jax.Array]:
-        """Jitted (params, x_T, plan, schedule) → uint8 images."""
-
-        def draw(params: Any, x_T: jax.Array, plan: Plan, schedule: ddim.Schedule) -> jax.Array:
-            denoise = partial(self.predicting(prediction, schedule), params)
-            x_0 = run_plan(denoise, x_T, plan)[0]
-            return jnp.where(jnp.isfinite(x_0).all(), to_uint8(x_0).astype(jnp.int32), -1)
-
-        return jax.jit(draw)
-
-    def judged(self, key: str, name: str, config: TrainConfig) -> Cell:
-        """Trains one network and scores it at every S; a run that diverges has no scores."""
-        objective, args, began = (
-            (OBJECTIVES | MORE)[name],
-            self.experiment.args,
-            time.perf_counter(),
-        )
-        params, loss = self.trained(key, objective, config)
-        cell: Cell = {"loss": loss, "train_seconds": time.perf_counter() - began, "distance": {},
-                      "se": {}, "num_images": {}, **objective._asdict()}  # fmt: skip
-        if not math.isfinite(loss):
-            print(f"  {key}: diverged", flush=True)
-            return cell | {"loss": None}
-        schedule, sampler = self.schedule(objective), self.sampler(self.prediction(objective))
-        for steps in args.steps:
-            number = self.experiment.num_images(steps)
-            tau = ddim.timesteps(schedule.num_steps, steps, args.spacing or "linear")
-            plan = ddim.ddim(0.0)(schedule, tau)
-            size = min(args.batch_size, number)
-            x_T = self.x_T(-(-number // size) * size)
-            parts = [sampler(params, x_T[i : i + size], plan, schedule)
-                     for i in range(0, number, size)]  # fmt: skip
-            images = np.concatenate(jax.device_get(parts))[:number]
-            if images.min() < 0:
-                print(f"  {key}: samples at S = {steps} are not finite", flush=True)
-                continue
-            found = self.features(images.astype(np.uint8))
-            value, se = frechet_jackknife(found, self.reference, jackknife_blocks(number))
-            cell["distance"][str(steps)], cell["se"][str(steps)] = value, se
-            cell["num_images"][str(steps)] = number
-            print(f"  {key}: FD-pixels {value:.4f} ± {se:.4f} at S = {steps}, "
-                  f"{time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
-        return cell
-
-    def prediction(self, objective: Objective) -> ddim.Prediction:
-        """With σ_d of the data."""
-        own = {"sigma_data": self.sigma_data} if objective.prediction == "edm" else {}
-        return ddim.Prediction(objective.prediction, **own)
-
-    def schedule(self, objective: Objective) -> ddim.Schedule:
-        """The preset's, of zero terminal SNR if asked for."""
-        zero = objective.zero_terminal_snr
-        return dataclasses.replace(self.preset.schedule, zero_terminal_snr=zero).build()
-
-
-def batch_numbers(size: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Images of batch 0, 1, …, (B,) int32: an endless stream of epochs, each a permutation."""
-    stream, epoch = np.empty(0, np.int32), 0
-    while True:
-        while len(stream) < batch_size:
-            order = np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
-            stream, epoch = np.concatenate([stream, order]), epoch + 1
-        yield stream[:batch_size]
-        stream = stream[batch_size:]
-
-
-def _kind(name: str) -> Any:
-    return {"seed": np.uint32, "num_updates": np.int32, "warmup_steps": np.int32}.get(
-        name, np.float32
-    )
-
-
 def _recipe(words: str, config: TrainConfig) -> TrainConfig:
     """The preset's configuration with name=value,… in it."""
     changes: dict[str, Any] = {}
@@ -331,8 +158,8 @@ def _recipe(words: str, config: TrainConfig) -> TrainConfig:
         name, _, value = word.partition("=")
         own = getattr(config, name, None)
         if name not in (*NUMBERS[1:-1], "batch_size", "cosine_decay"):
-            raise ValueError(f"--recipes takes preset, or name=value with a name of "
-                             f"{', '.join(NUMBERS[1:-1])}, batch_size, cosine_decay; got {word!r}")  # fmt: skip
+            names = ", ".join((*NUMBERS[1:-1], "batch_size", "cosine_decay"))
+            raise ValueError(f"--recipes takes preset, or name=value of {names}; got {word!r}")
         try:
             changes[name] = value == "True" if isinstance(own, bool) else type(own)(value)
         except ValueError:
@@ -368,7 +195,7 @@ def _preset(dataset: Dataset) -> Preset:
         raise ValueError(f"no preset has images of {dataset.image_shape}; there are "
                          f"{', '.join(str(p.model.image_shape) for p in presets)}")  # fmt: skip
     if found[0].train.flip or found[0].model.dropout:
-        raise ValueError(f"preset {found[0].name} flips its images or drops out, which is not done here")  # fmt: skip
+        raise ValueError(f"preset {found[0].name} flips images or has dropout: not done here")
     return found[0]
 
 

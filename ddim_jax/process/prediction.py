@@ -183,7 +183,7 @@ class Predictor:
 
 def predicts(
     network: Any,
-    kind: str | None = None,
+    kind: str | Prediction | None = None,
     *,
     x0_fn: Callable[[Array], Array] | None = None,
     rederive_eps: bool = True,
@@ -197,9 +197,9 @@ def predicts(
 
     Args:
       network: a `Denoiser`, an apply_fn (params, x, t, …), or a `Model`.
-      kind: `"eps"`, `"x_0"`, `"v"` or `"edm"`; by default what the network says itself, else
-        `"eps"`. A network that becomes `"edm"` here is fed x_t/s in the place of x_t, which is the
-        argument before t, its first one of integers.
+      kind: `"eps"`, `"x_0"`, `"v"`, `"edm"` or a whole `Prediction`; by default what the network
+        says itself, else `"eps"`. One that becomes `"edm"` here is fed x_t/s in the place of x_t,
+        the argument before t, its first one of integers.
       x0_fn: applied to each x̂_0, such as `clip_x0(1.0)`.
       rederive_eps: whether ε is recomputed from x̂_0 after x0_fn.
       sigma_data: of `"edm"`, σ_d of the data; by default what the network says, else 0.5.
@@ -218,16 +218,13 @@ def predicts(
       >>> ddim.sample(denoise, jnp.full((1, 2), 4.0), ddim.linear_schedule(1000), [1000]).tolist()
       [[1.0, 1.0]]
     """
+    if isinstance(kind, Prediction):
+        x0_fn, rederive_eps = kind.x0_fn, kind.rederive_eps
+        sigma_data, kind = kind.facts().get("sigma_data"), kind.kind
     if hasattr(network, "apply_fn") and hasattr(network, "_replace"):  # a model
-        apply_fn = predicts(
-            network.apply_fn,
-            kind,
-            x0_fn=x0_fn,
-            rederive_eps=rederive_eps,
-            sigma_data=sigma_data,
-            schedule=schedule or network.schedule,
-        )
-        return network._replace(apply_fn=apply_fn)
+        how: dict[str, Any] = {"x0_fn": x0_fn, "rederive_eps": rederive_eps}
+        how |= {"sigma_data": sigma_data, "schedule": schedule or network.schedule}
+        return network._replace(apply_fn=predicts(network.apply_fn, kind, **how))
     said = _said(network)
     if said is not None and kind not in (None, said.kind):
         raise ValueError(f"this network predicts {said.kind!r}, and cannot be read as {kind!r}")
@@ -235,10 +232,7 @@ def predicts(
     if sigma_data is not None and kind != "edm":
         raise ValueError(f'sigma_data is of "edm", and this network predicts {kind!r}')
     if said is not None and sigma_data not in (None, said.sigma_data):
-        raise ValueError(
-            f"this network was scaled for sigma_data = {said.sigma_data}, and cannot be read with "
-            f"{sigma_data}"
-        )
+        raise ValueError(f"this network has sigma_data = {said.sigma_data}, and not {sigma_data}")
     if x0_fn is None and said is not None:
         x0_fn, rederive_eps = said.x0_fn, said.rederive_eps
     if sigma_data is None:
@@ -247,10 +241,7 @@ def predicts(
     prediction = Prediction(kind, x0_fn, rederive_eps, sigma_data)
     if kind == "edm" and said is None:
         if schedule is None:
-            raise ValueError(
-                '"edm" divides the network\'s input by the standard deviation of x_t: give '
-                "schedule=..., that of its training"
-            )
+            raise ValueError('"edm" divides x_t by its standard deviation: give its schedule=...')
         function = partial(_fed, network, schedule, sigma_data)
     return Predictor(function, prediction)
 

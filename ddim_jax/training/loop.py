@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ddim_jax.data import Dataset, batches
 from ddim_jax.networks.flops import flops_per_image
+from ddim_jax.process.prediction import predicts
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import (
     Checkpoints,
@@ -37,7 +38,6 @@ from ddim_jax.training.step import (
     init_state,
     make_train_step,
     objective,
-    to_train,
 )
 
 IN_FLIGHT = 2  # steps handed to the device before the host waits for one
@@ -113,8 +113,7 @@ def fit(
     """
     directory = pathlib.Path(directory)
     folder = directory / "checkpoints"
-    apply_fn = to_train(apply_fn, schedule, config)
-    objective(schedule, config)
+    apply_fn = predicts(apply_fn, objective(schedule, config)[0], schedule=schedule)
     mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
     check_facts(config_dict, params, schedule, dataset, num_classes, folder, say)
     params = jax.tree.map(np.asarray, params)

@@ -288,7 +288,7 @@ def make_train_step(
     """
     optimizer = make_optimizer(config)
     parts, (prediction, gamma) = config.accumulate, objective(schedule, config)
-    apply_fn = to_train(apply_fn, schedule, config)
+    apply_fn = predicts(apply_fn, prediction, schedule=schedule)
 
     def own(tree: Any) -> Any:  # each device its part, as the state is kept
         if mesh is None:
@@ -363,15 +363,6 @@ def make_train_step(
         return own(new), whole(metrics)
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def to_train(apply_fn: ApplyFn, schedule: Schedule, config: TrainConfig) -> Predictor:
-    """The network, as one that predicts what the configuration says."""
-    sigma_data = config.sigma_data if config.prediction == "edm" else None
-    made: Predictor = predicts(
-        apply_fn, config.prediction, sigma_data=sigma_data, schedule=schedule
-    )
-    return made
 
 
 def _require(condition: bool, config: TrainConfig, name: str, wanted: str) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from ddim_jax.networks.config import UNetConfig, check_params
 from ddim_jax.networks.paper import PAPER
-from ddim_jax.process import PREDICTIONS, ScheduleConfig, predicts
+from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
+from ddim_jax.process.prediction import SIGMA_DATA
 from ddim_jax.storage.weights_file import load_weights, save_weights
 from ddim_jax.weights.diffusers_format import (
     Contents,
@@ -114,9 +115,9 @@ def load_model(
         if str(error).startswith((str(path), str(path.resolve()))):
             raise
         raise ValueError(f"{path}: {error}") from error
-    sigma_data = stored.facts.get("sigma_data") if prediction == "edm" else None
-    apply_fn = predicts(unet.make_apply(config), prediction, sigma_data=sigma_data, schedule=built)
-    facts = {**stored.facts, **to_facts(schedule, config, apply_fn.prediction)}
+    told = Prediction(prediction, sigma_data=stored.facts.get("sigma_data", SIGMA_DATA))
+    apply_fn = predicts(unet.make_apply(config), told, schedule=built)
+    facts = {**stored.facts, **to_facts(schedule, config, told)}
     params = jax.device_put(stored.params)
     return Model(apply_fn, params, built, config, facts)
 
