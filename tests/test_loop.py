@@ -25,6 +25,7 @@ from ddim_jax.storage.checkpoint import (
 from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
 from ddim_jax.training.loop import fit
+from ddim_jax.training.resuming import check_same_run
 from ddim_jax.training.run_folder import Preempted, locked, writer
 from ddim_jax.training.step import TrainConfig
 from ddim_jax.training.summary import summarise
@@ -183,11 +184,42 @@ def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path):
     other = make_config(num_updates=1, prediction="x_0")
     with pytest.raises(ValueError, match="train.prediction: saved 'v', now 'x_0'"):
         oblong(tmp_path, facts=facts, train=other, resume="must")
-    with pytest.raises(ValueError, match="network predicts 'eps', config.prediction .* 'v'"):
+    with pytest.raises(ValueError, match="facts say .*'eps'.*, config that .*'v'"):
         oblong(tmp_path / "new", facts={**facts, "prediction": "eps"}, train=learns_v)
     with pytest.raises(ValueError, match="predict"):
         train(tmp_path / "new", learns_v, apply_fn=ddim.predicts(affine, "x_0"))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_objective_travels_with_the_run_and_stays(tmp_path):
+    """F of data of deviation 0.3, at zero terminal SNR, weighed."""
+    zero = dataclasses.replace(TEN, zero_terminal_snr=True)
+    facts = to_facts(zero, OBLONG)
+    learns = {"prediction": "edm", "gamma": "min-snr-5", "sigma_data": 0.3, "num_updates": 1}
+    oblong(tmp_path, facts=facts, train=make_config(**learns), schedule=zero)
+    model = load_model(tmp_path)
+    assert model.prediction == ddim.Prediction("edm", sigma_data=0.3)
+    assert model.schedule.alpha_bar[-1] == 0
+    x_T = ddim.initial_noise(jax.random.key(0), 2, model.image_shape)
+    x_0 = ddim.make_sampler(model, ddim.timesteps(10, 3))(x_T)
+    assert np.isfinite(np.asarray(x_0)).all()
+    for name, value in (("gamma", "one"), ("sigma_data", 0.4)):
+        other = make_config(**learns | {name: value})
+        with pytest.raises(ValueError, match=f"train.{name}: saved {learns[name]!r}, now"):
+            oblong(tmp_path, facts=facts, train=other, schedule=zero, resume="must")
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        oblong(tmp_path / "new", facts=facts, train=make_config(), schedule=zero)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_before_there_was_a_choice_of_gamma_goes_on():
+    wanted = {"train": dataclasses.asdict(make_config())}
+    saved = {
+        "train": {k: v for k, v in wanted["train"].items() if k not in ("gamma", "sigma_data")}
+    }
+    assert check_same_run(saved, wanted) == []
+    with pytest.raises(ValueError, match="train.gamma: saved 'one', now 'bound'"):
+        check_same_run(saved, {"train": wanted["train"] | {"gamma": "bound"}})
 
 
 def test_what_changes_rounding_alone_may_change_on_resuming_and_is_said(tmp_path):
@@ -273,7 +305,7 @@ def test_what_load_model_would_miss_is_said_at_the_start(tmp_path):
 def test_divergence_names_the_step_and_leaves_good_checkpoints(tmp_path, monkeypatch, where):
     # The loss −w has the gradient −1, so that Adam without warm-up moves w by learning_rate a
     # step: step n starts from w = 0.01 (n − 1), and w > 0.065 first holds at step 8.
-    def toy_loss(denoise, schedule, x_0, key, indices):
+    def toy_loss(denoise, schedule, x_0, key, gamma, *, indices):
         w = denoise(x_0, None).mean()
         if where == "loss":
             return -w + jnp.where(w > 0.065, jnp.nan, 0.0)
