@@ -192,31 +192,26 @@ def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path):
 
 
 def test_the_objective_travels_with_the_run_and_stays(tmp_path):
-    """F of data of deviation 0.3, at zero terminal SNR, weighed."""
-    zero = dataclasses.replace(TEN, zero_terminal_snr=True)
-    facts = to_facts(zero, OBLONG)
-    learns = {"prediction": "edm", "gamma": "min-snr-5", "sigma_data": 0.3, "num_updates": 1}
-    oblong(tmp_path, facts=facts, train=make_config(**learns), schedule=zero)
-    model = load_model(tmp_path)
-    assert model.prediction == ddim.Prediction("edm", sigma_data=0.3)
-    assert model.schedule.alpha_bar[-1] == 0
-    x_T = ddim.initial_noise(jax.random.key(0), 2, model.image_shape)
-    x_0 = ddim.make_sampler(model, ddim.timesteps(10, 3))(x_T)
-    assert np.isfinite(np.asarray(x_0)).all()
+    """F of data of deviation 0.3, weighed; and ε is not learned at zero terminal SNR."""
+    learns = {"prediction": "edm", "gamma": "min-snr-5", "sigma_data": 0.3, "num_updates": 2}
+    state = train(tmp_path, make_config(**learns))
+    assert np.isfinite(state.ema["w"])
+    facts = restore_config(tmp_path / "checkpoints")
+    assert facts["train"]["gamma"] == "min-snr-5"
+    assert (facts["prediction"], facts["sigma_data"]) == ("edm", 0.3)
     for name, value in (("gamma", "one"), ("sigma_data", 0.4)):
-        other = make_config(**learns | {name: value})
         with pytest.raises(ValueError, match=f"train.{name}: saved {learns[name]!r}, now"):
-            oblong(tmp_path, facts=facts, train=other, schedule=zero, resume="must")
+            train(tmp_path, make_config(**learns | {name: value}), resume="must")
+    zero = dataclasses.replace(TEN, zero_terminal_snr=True)
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        oblong(tmp_path / "new", facts=facts, train=make_config(), schedule=zero)
+        oblong(tmp_path / "new", facts=to_facts(zero, OBLONG), schedule=zero)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_of_before_there_was_a_choice_of_gamma_goes_on():
     wanted = {"train": dataclasses.asdict(make_config())}
-    saved = {
-        "train": {k: v for k, v in wanted["train"].items() if k not in ("gamma", "sigma_data")}
-    }
+    old = wanted["train"].keys() - {"gamma", "sigma_data"}
+    saved = {"train": {name: wanted["train"][name] for name in old}}
     assert check_same_run(saved, wanted) == []
     with pytest.raises(ValueError, match="train.gamma: saved 'one', now 'bound'"):
         check_same_run(saved, {"train": wanted["train"] | {"gamma": "bound"}})
