@@ -95,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
                     run_of = {"objective": name, "recipe": recipe, "updates": updates, "seed": seed}
                     cells.append({**run_of, **cell})
     rows = [row for s in args.steps for row in summary(cells, s)]
-    for row in rows:
-        print(f"{row['objective']}, {row['recipe']}, {row['updates']} updates, S = {row['S']}: "
-              f"{row['distance']:.4f} ± {row['se']:.4f}", flush=True)  # fmt: skip
+    print(markdown(rows), flush=True)
     series: dict[str, Any] = {}
     for row in rows:
         label = ", ".join(run_name(row, len(recipes) > 1, len(args.updates) > 1))
@@ -116,6 +114,18 @@ def run_name(row: Cell, recipe: bool, updates: bool) -> list[str]:
     """The words that tell a row from the others."""
     words = [row["objective"], row["recipe"], f"{row['updates']:,} updates"]
     return [word for word, shown in zip(words, (True, recipe, updates)) if shown]
+
+
+def markdown(rows: Sequence[Cell]) -> str:
+    """The rows of `summary` as a table, a column for each S."""
+    steps = list(dict.fromkeys(row["S"] for row in rows))
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        shown = f"{row['distance']:.3g} ± {row['se']:.2g}"
+        lines.setdefault(", ".join(run_name(row, True, True)), {})[row["S"]] = shown
+    table = [["FD-pixels, η = 0", *(f"S = {s}" for s in steps)], ["---"] * (1 + len(steps))]
+    table += [[name, *(line.get(s, "diverged") for s in steps)] for name, line in lines.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def summary(cells: Sequence[Cell], steps: int) -> list[Cell]:

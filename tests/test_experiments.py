@@ -515,7 +515,7 @@ def test_objectives_are_learned_by_the_step_of_the_package():
         ema, loss = bench.trained("here", objective, config)
         assert loss == pytest.approx(np.mean(losses), rel=1e-5)
         for ours, theirs in zip(jax.tree.leaves(ema), jax.tree.leaves(state.ema)):
-            # Adam's first steps are all of one size, 2e-5 times their number, whatever the gradient.
+            # Adam's first steps are 2e-5 times their number each, whatever the gradient.
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
@@ -536,6 +536,7 @@ def test_objectives_summarise_seeds():
     assert (row["seeds"], row["distance"]) == (3, pytest.approx(7 / 3))
     assert row["se"] == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
     assert objectives.summary(cells[:1], 5)[0]["se"] == 0.3
+    assert objectives.markdown([row]).splitlines()[2] == "| v, preset, 2 updates | 2.33 ± 0.88 |"
 
 
 @pytest.mark.parametrize(
