@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddim_jax.data.sets import Dataset
+from ddim_jax.data.dataset import Dataset
 
 if TYPE_CHECKING:  # it takes a second to import: where batches are asked for
     import grain
