@@ -12,9 +12,7 @@ file holds `images`, uint8 (N, H, W[, C]), for the network of the preset with im
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import pathlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -72,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
                          "--prediction")  # fmt: skip
     if unknown := sorted(set(args.objectives) - set(OBJECTIVES | MORE)):
         raise ValueError(f"no objective {unknown[0]!r}; choose of {', '.join(OBJECTIVES | MORE)}")
-    dataset = _dataset(args.data or "digits", args.data_dir)
+    dataset = data.load(args.data or "digits", data_dir=args.data_dir)
     preset = _preset(dataset)
     args.updates = [n or preset.train.num_updates for n in args.updates]
     recipes = {recipe: _recipe(recipe, preset.train) for recipe in args.recipes}
@@ -175,26 +173,6 @@ def _recipe(words: str, config: TrainConfig) -> TrainConfig:
         except ValueError:
             raise ValueError(f"--recipes: {name} is no {type(own).__name__}: {value!r}") from None
     return dataclasses.replace(config, **changes)
-
-
-def _dataset(name: str, data_dir: str | None) -> Dataset:
-    """digits, a TFDS name, or the images of an .npz file."""
-    path = pathlib.Path(name)
-    if path.suffix != ".npz":
-        return data.load(name, data_dir=data_dir)
-    with np.load(path) as file:
-        if "images" not in file.files:
-            raise ValueError(f"{path} must hold an array images, it holds {', '.join(file.files)}")
-        images = file["images"]
-        labels = file["labels"] if "labels" in file.files else np.full(len(images), -1)
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise ValueError(f"{path}: images must be uint8 (N, H, W) or (N, H, W, C), got "
-                         f"{images.dtype} {images.shape}")  # fmt: skip
-    sha = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    return Dataset(path.stem, "train", len(images), shape, None, {"name": path.name, "sha256": sha},
-                   lambda i: (images[i], labels[i].astype(np.int32)))  # fmt: skip
 
 
 def _preset(dataset: Dataset) -> Preset:

@@ -548,15 +548,11 @@ def test_objectives_summarise_seeds():
         ("--recipes ema_decay=1", r"ema_decay must be in \[0, 1\)"),
         ("--model digits", "trains its own networks"),
         ("--data wide.npz", "no preset has images of"),
-        ("--data empty.npz", "must hold an array images, it holds x"),
-        ("--data floats.npz", "images must be uint8"),
     ],
 )
 def test_what_objectives_refuse(tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     np.savez("wide.npz", images=np.zeros((4, 5, 6), np.uint8))
-    np.savez("floats.npz", images=np.zeros((4, 8, 8)))
-    np.savez("empty.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match=says):
         objectives.main(words.split())
     assert not (tmp_path / "results").exists()
