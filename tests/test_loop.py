@@ -212,7 +212,7 @@ def test_the_objective_travels_with_the_run_and_stays(tmp_path):
             train(tmp_path, make_config(**learns | {name: value}), resume="must")
     zero = dataclasses.replace(TEN, zero_terminal_snr=True)
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        oblong(tmp_path / "new", facts=to_facts(zero, OBLONG), schedule=zero)
+        oblong(tmp_path / "new", train=make_config(), schedule=zero)
     assert not (tmp_path / "new").exists()
 
 
