@@ -181,7 +181,7 @@ def test_the_bound_of_digits_is_above_their_density():
     assert 4 < ode.figure.value < bound.figure.value < 6
 
 
-@pytest.mark.parametrize("kind", ["x_0", "v"])
+@pytest.mark.parametrize("kind", ["v", "edm"])
 def test_the_density_of_a_gaussian_whatever_the_network_predicts(kind):
     """x̄_T = x̄_0 √((v + σ_T²)/v) exactly, so that log p is N(0, v ᾱ-corrected) by hand."""
     v, schedule = 0.3, FINE
@@ -191,10 +191,11 @@ def test_the_density_of_a_gaussian_whatever_the_network_predicts(kind):
         scale = a * v / (a**2 * v + b**2)
         x_0 = scale * x
         eps = (x - a * x_0) / b
-        return {"eps": eps, "x_0": x_0, "v": a * eps - b * x_0}[kind]
+        return {"v": a * eps - b * x_0, "edm": b * x_0 - a * eps}[kind]  # of σ_d = 1, where s = 1
 
     x = jnp.asarray([[0.5], [-1.0], [0.1]], jnp.float32)
-    denoise = ddim.predicts(network, kind)
+    edm = {"sigma_data": 1.0, "schedule": schedule} if kind == "edm" else {}
+    denoise = ddim.predicts(network, kind, **edm)
     density = ddim.ode_density(denoise, x, schedule, probes="exact", rtol=1e-6, atol=1e-6)
     top = SIGMA[-1] ** 2
     latent = np.asarray(x) * math.sqrt((v + top) / v / (1 + top))

@@ -46,7 +46,8 @@ class Program:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.steps, self.method, self.eta, self.spacing, self.tau, self.clip)
+        names = ("steps", "method", "eta", "spacing", "tau", "clip")
+        return Sampling(**{name: getattr(self, name) for name in names})
 
 
 ProgramOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Program]
