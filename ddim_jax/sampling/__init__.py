@@ -25,6 +25,11 @@ from ddim_jax.sampling.sampler import (
     trajectory,
     watch,
 )
+from ddim_jax.sampling.stochastic_encoding import (
+    StochasticCode,
+    decode_stochastic,
+    encode_stochastic,
+)
 from ddim_jax.sampling.tau_search import (
     StepErrors,
     optimise_timesteps,

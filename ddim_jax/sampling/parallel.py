@@ -13,8 +13,8 @@ from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_co
 from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import towards
-from ddim_jax.sampling.plan import Method, Plan, rows, step_noise
-from ddim_jax.sampling.sampler import _keys, _plan
+from ddim_jax.sampling.plan import Method, Plan, noise_keys, rows, step_noise
+from ddim_jax.sampling.sampler import _plan
 
 
 class ParallelSample(NamedTuple):
@@ -46,6 +46,7 @@ def parallel_sample(
     key: Array | None = None,
     *,
     method: Method | None = None,
+    noise: Array | None = None,
     window: int = 64,
     tolerance: ArrayLike = 1e-3,
     sharding: jax.sharding.NamedSharding | None = None,
@@ -77,7 +78,7 @@ def parallel_sample(
     CPU. Memory: the network's activations for window × B images, and about 5 × window × B states.
 
     Args:
-      denoise, x_T, schedule, tau, eta, key, method: as in `sample`; methods with a memory too. The
+      denoise, x_T, schedule, tau, eta, key, method, noise: as in `sample`; a memory is kept too. The
         network is mapped over the window by `jax.vmap`, so that it sees batches of B images, with
         one t each, as from `sample`.
       window: how many steps are computed at once, ≥ 1; more than S are S.
@@ -104,22 +105,22 @@ def parallel_sample(
     """
     x_T = check_batch(x_T)
     plan = _plan(method, eta, schedule, tau)
-    keys = None if plan.steps.sigma is None else _keys(plan, key, x_T.shape[0])
+    keys = noise_keys(plan, x_T, key, noise)
     size = _check(plan, x_T, window, tolerance, sharding)
     prediction_of(denoise).check(plan.told or plan.steps)
     c = plan.steps
     linear = c.sqrt_alpha_bar_s * c.sqrt_alpha_bar_t + c.direction * c.sqrt_one_minus_alpha_bar_t
     x, steps = wide(x_T), plan.t.shape[0]
-    table, linear = rows(plan, x.dtype), jnp.asarray(linear).astype(x.dtype)
+    table = (rows(plan, x.dtype), jnp.asarray(linear).astype(x.dtype), noise)
     allowed = jnp.asarray(tolerance).astype(x.dtype) / steps
     place = jnp.arange(size)
 
     def body(state: _State) -> _State:
         slice_at = lambda v: jax.lax.dynamic_slice_in_dim(v, state.first, size)  # noqa: E731
-        now, a = jax.tree.map(slice_at, table), slice_at(linear)
-        drawn = _noise(keys, now, x)
+        now, a, z = jax.tree.map(slice_at, table)
+        drawn = _noise(keys, z, now, x)
         # What has just come into the window is guessed: the linear part and the noise alone.
-        guess = _times(a, state.x[:-1]) + (0 if drawn is None else drawn) - state.x[1:]
+        guess = _times(a, state.x[:-1]) + drawn - state.x[1:]
         unknown = _where(place >= size - state.moved, guess, 0)
         x_n = state.x.at[1:].add(_accumulate(a, unknown))
 
@@ -127,7 +128,7 @@ def parallel_sample(
         if sharding is not None:
             begins = jax.lax.with_sharding_constraint(begins, sharding)
         ends, seen = _advance(denoise, now, begins, state.past, x_T.dtype)
-        ends = ends if drawn is None else ends + drawn
+        ends = ends + drawn
         defect = ends - x_n[1:]
         start = state.done - state.first
         moves = _where(place >= start, jnp.where(jnp.isfinite(defect), defect, 0), 0)
@@ -182,11 +183,13 @@ def _advance(
     return jax.vmap(towards)(now.steps, x_0, eps), past
 
 
-def _noise(keys: Array | None, now: Plan, like: Array) -> Array | None:
-    """σ z of W steps, (W, B, ...)."""
-    if keys is None:
-        return None
-    return _times(now.steps.sigma, jax.vmap(lambda t: step_noise(keys, t, like))(now.t))
+def _noise(keys: Any, z: Any, now: Plan, like: Array) -> Array:
+    """σ z of W steps, (W, B, ...), or 0."""
+    if now.steps.sigma is None:
+        return jnp.zeros((), like.dtype)
+    if z is None:
+        z = jax.vmap(lambda t: step_noise(keys, t, like))(now.t)
+    return _times(now.steps.sigma, z.astype(like.dtype))
 
 
 def _accumulate(a: Array, change: Array) -> Array:
