@@ -78,7 +78,7 @@ def parallel_sample(
     CPU. Memory: the network's activations for window × B images, and about 5 × window × B states.
 
     Args:
-      denoise, x_T, schedule, tau, eta, key, method, noise: as in `sample`; a memory is kept too. The
+      denoise, x_T, schedule, tau, eta, key, method, noise: as in `sample`; with a memory too. The
         network is mapped over the window by `jax.vmap`, so that it sees batches of B images, with
         one t each, as from `sample`.
       window: how many steps are computed at once, ≥ 1; more than S are S.
@@ -131,15 +131,14 @@ def parallel_sample(
         ends = ends + drawn
         defect = ends - x_n[1:]
         start = state.done - state.first
-        moves = _where(place >= start, jnp.where(jnp.isfinite(defect), defect, 0), 0)
-        x_n = x_n.at[1:].add(_accumulate(a, moves))
+        x_n = x_n.at[1:].add(_accumulate(a, _where(place >= start, defect, 0)))
         x_n = x_n.at[1:].set(_where(place == start, ends, x_n[1:]))
 
         rms = jnp.sqrt(jnp.square(defect).reshape(size, x.shape[0], -1).mean(axis=2))
-        total = state.error + jnp.cumsum(_where(place >= start, rms, 0), axis=0)
-        good = total.max(axis=1) <= allowed * (state.first + place + 1)
+        total = state.error[None] + jnp.cumsum(_where(place >= start, rms, 0), axis=0)
+        good = total.max(axis=1) <= allowed * (state.first + place + 1).astype(x.dtype)
         count = jnp.cumprod(jnp.where(place >= start, good, True)).sum()
-        done = jnp.minimum(state.first + count + 1, steps)
+        done = state.first + jnp.minimum(count + 1, size)
         error = jnp.where(count > start, total[count - 1], state.error)
         first = jnp.minimum(done, steps - size)
         moved = first - state.first
@@ -194,6 +193,7 @@ def _noise(keys: Any, z: Any, now: Plan, like: Array) -> Array:
 
 def _accumulate(a: Array, change: Array) -> Array:
     """Σ_{j≤n} (Π_{j<i≤n} a_i) change_j: how changes of single steps add up along a window."""
+    change = jnp.where(jnp.isfinite(change), change, 0)  # or 0 · NaN would reach earlier steps
     below = jnp.tril(jnp.ones((len(a), len(a)), bool), -1)
     products = jnp.tril(jnp.cumprod(jnp.where(below, a[:, None], 1), axis=0))
     return jnp.einsum("nj,j...->n...", products, change, precision="highest")
