@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,9 +62,10 @@ def parallel_sample(
         a_n = √ᾱ_s √ᾱ_t + √(1 − ᾱ_s − σ²) √(1 − ᾱ_t)
 
     This a_n leaves the term of v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 to the iteration, which is 0 for data
-    ~ N(0, I): such a chain takes one round. (Shih et al. have a_n = 1, which takes a third more
-    rounds at η = 0.5 and twice as many at η = 1; a_n = √ᾱ_s/√ᾱ_t, the ODE of Eq. 14, takes more
-    still; and with this one the acceleration of Tang et al. saves at most one round in ten.)
+    ~ N(0, I): such a chain takes one round. On the shipped digits, S = 50, Shih et al.'s a_n = 1
+    takes as many rounds at η = 0, a third more at η = 0.5 and twice as many at η = 1; √ᾱ_s/√ᾱ_t,
+    the ODE of Eq. 14, takes more than twice as many at any η; and the acceleration of Tang et al.
+    saves this one at most one round in nine.
 
     Where x_n is final and d_n = 0 nothing moves, not by a bit, and the end of the window's first
     step is Φ_n(x_n) itself. So each round makes at least one step final, as `sample` would: never
@@ -73,9 +75,10 @@ def parallel_sample(
     every image of the batch. Their sum is reported: an honest measure of the chain that was
     followed, but x_0 itself can be off by more where the later steps amplify.
 
-    One round is S network calls of `sample` in parallel at best: it saves time where a batch of
-    `window` × B images takes less than S/rounds times that of B, on a GPU with small B; never on a
-    CPU. Memory: the network's activations for window × B images, and about 5 × window × B states.
+    A round costs a network call on window × B images. That saves time where it takes less than
+    S/rounds times a call on B, as on a GPU that B images leave idle; not on a CPU. Memory: the
+    network's for window × B images, and about 5 × window × B states. Pure and not jitted, as
+    `sample` is.
 
     Args:
       denoise, x_T, schedule, tau, eta, key, method, noise: as in `sample`; with a memory too. The
@@ -172,13 +175,15 @@ def _advance(
     if now.weights is not None:
         past = jnp.concatenate([past, eps if now.remembers == "eps" else x_0])
         size, memory = now.weights.shape
-        mean = sum(
-            _times(now.weights[:, j], past[memory - 1 - j : memory - 1 - j + size])
-            for j in range(memory)
-        )
-        x_0, eps = jax.vmap(lambda c, x, mean: to_x0_eps(c, x, mean, now.remembers))(
-            now.steps, x, mean
-        )
+
+        def of_the_last(weights: Array) -> Any:
+            last = (past[memory - 1 - j : memory - 1 - j + size] for j in range(memory))
+            return sum(_times(weights[:, j], prediction) for j, prediction in enumerate(last))
+
+        if (corrects := getattr(now, "corrects", None)) is not None:
+            x = x + of_the_last(corrects)
+        again = partial(to_x0_eps, prediction=now.remembers)
+        x_0, eps = jax.vmap(again)(now.steps, x, of_the_last(now.weights))
     return jax.vmap(towards)(now.steps, x_0, eps), past
 
 
@@ -216,7 +221,7 @@ def _shift(x: Array, by: Array) -> Array:
 
 def _check(plan: Plan, x_T: Array, window: int, tolerance: ArrayLike, sharding: Any) -> int:
     """The window's size."""
-    known = {"t", "steps", "weights", "told", "remembers"}
+    known = {"t", "steps", "weights", "told", "remembers", "corrects"}
     names = [f.name for f in dataclasses.fields(plan) if f.name not in known]
     if other := [name for name in names if getattr(plan, name) is not None]:
         raise ValueError(f"parallel_sample knows no methods with {other}; use `sample`")
