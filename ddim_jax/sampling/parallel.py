@@ -85,7 +85,8 @@ def parallel_sample(
         network is mapped over the window by `jax.vmap`, so that it sees batches of B images, with
         one t each, as from `sample`.
       window: how many steps are computed at once, ≥ 1; more than S are S.
-      tolerance: ≥ 0, in units of x, may be traced.
+      tolerance: ≥ 0, in units of x, may be traced. Not below about 1e-2 for a network in bfloat16,
+        whose own rounding would be iterated on.
       sharding: how (window, B, ...) states are laid over devices while the network is called, such
         as `NamedSharding(mesh, PartitionSpec("window"))`; the window must divide by the devices.
 
