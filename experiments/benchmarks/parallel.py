@@ -9,7 +9,7 @@ the smallest and largest: above 1, parallel is faster. "differs" is the RMS of t
 that of the images, the worst of the batch. A call of the network at batch × window images over one
 at batch says what a round costs, and S over rounds what it may: parallel wins where the first is
 the smaller one. Networks of 16 bits round anew at every round: below a tolerance of about 1e-2 for
-bfloat16 rounds are wasted on that (digits, S = 50, η = 0: 9 rounds at 1e-2, 17 at 3e-3, 27 at 1e-3).
+bfloat16 rounds are wasted on that (digits, S = 50, η = 0: 9 at 1e-2, 17 at 3e-3, 27 at 1e-3).
 """
 
 from __future__ import annotations
