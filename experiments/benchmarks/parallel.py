@@ -22,6 +22,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,11 +72,8 @@ def sampler(model: ddim.Model, tau: Any, window: int, tolerance: float) -> Calla
 
     @jax.jit
     def draw(params: Any, plan: ddim.Plan, x_T: Any, key: Any, tolerance: Any) -> Any:
-        def denoise(x: Any, t: Any) -> Any:
-            return model.apply_fn(params, x, t)
-
         return ddim.parallel_sample(
-            ddim.predicts(denoise, model.prediction.kind), x_T, model.schedule, tau, key=key,
+            partial(model.apply_fn, params), x_T, model.schedule, tau, key=key,
             method=lambda *_: plan, window=window, tolerance=tolerance,
         )  # fmt: skip
 
