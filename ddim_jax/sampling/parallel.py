@@ -65,7 +65,7 @@ def parallel_sample(
     ~ N(0, I): such a chain takes one round. On the shipped digits, S = 50, Shih et al.'s a_n = 1
     takes as many rounds at η = 0, a third more at η = 0.5 and twice as many at η = 1; √ᾱ_s/√ᾱ_t,
     the ODE of Eq. 14, takes more than twice as many at any η; and the acceleration of Tang et al.
-    saves this one at most one round in nine.
+    saves this one a round or two.
 
     Where x_n is final and d_n = 0 nothing moves, not by a bit, and the end of the window's first
     step is Φ_n(x_n) itself. So each round makes at least one step final, as `sample` would: never
