@@ -290,7 +290,7 @@ def _fed(network: Any, schedule: Schedule, sigma_data: float, *args: Any, **kwar
     else:
         c = coefficients(schedule, t, t * 0)
         both = c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t
-    s = _scale(*(per_image(v, x) for v in both), sigma_data)
+    s = _scale(per_image(both[0], x), per_image(both[1], x), sigma_data)
     return network(*args[: i - 1], (x / s).astype(args[i - 1].dtype), *args[i:], **kwargs)
 
 
