@@ -43,6 +43,7 @@ from ddim_jax.sampling import (
     clip_x0,
     ddim,
     ddpm,
+    dpm_solver,
     dynamic_threshold,
     encode,
     encoder,
@@ -64,6 +65,7 @@ from ddim_jax.sampling import (
     start_from,
     step_errors,
     trajectory,
+    unipc,
     watch,
 )
 from ddim_jax.version import __version__
@@ -97,6 +99,7 @@ __all__ = [
     "ddim_sigma",
     "ddim_step",
     "ddpm",
+    "dpm_solver",
     "dynamic_threshold",
     "encode",
     "encoder",
@@ -138,5 +141,6 @@ __all__ = [
     "timesteps",
     "to_x0_eps",
     "trajectory",
+    "unipc",
     "watch",
 ]
