@@ -20,7 +20,10 @@ KEY = jax.random.key(3)
 EVERY = pytest.mark.parametrize("name", METHODS)
 NOISY = {name for name in METHODS if find_method(name)(SCHEDULE, TAU).steps.sigma is not None}
 # The order that each must show; DDIM's own for whatever is not named here.
-ORDERS = {"adams-bashforth-2": 1.9, "adams-bashforth-3": 2.8, "adams-bashforth-4": 3.7}
+ORDERS = {
+    **{"adams-bashforth-2": 1.9, "adams-bashforth-3": 2.8, "adams-bashforth-4": 3.7},
+    **{"dpm-solver-2": 1.9, "dpm-solver-3": 2.8, "unipc-2": 2.8, "unipc-3": 3.8},
+}
 
 
 def as_kind(kind):
@@ -37,7 +40,7 @@ def as_kind(kind):
 def test_a_row_for_each_call_and_float64_on_the_host(name):
     plan = find_method(name)(SCHEDULE, TAU)
     assert plan.t.tolist() == TAU[::-1].tolist()
-    leaves = jax.tree.leaves((plan.steps, plan.weights))
+    leaves = jax.tree.leaves((plan.steps, plan.weights, plan.corrects))
     assert all(leaf.dtype == np.float64 and leaf.shape[0] == len(TAU) for leaf in leaves)
     assert plan.steps.sqrt_alpha_bar_s[-1] == 1  # every method ends at s = 0
     assert (plan.weights is None) or np.allclose(plan.weights.sum(1), 1) or name == "pf-euler"
@@ -136,6 +139,13 @@ def test_one_program_for_each_memory_length():
         for tau in (TAU, ddim.timesteps(1000, 12)):
             outputs.append(sampler(x_T, method=method, tau=tau))
     assert len(traces) == 2
+    for method in (ddim.dpm_solver(3), ddim.unipc(3, corrector=False)):
+        for tau in (TAU, ddim.timesteps(1000, 12)):
+            outputs.append(sampler(x_T, method=method, tau=tau))
+    assert len(traces) == 3
+    for method in (ddim.unipc(2), ddim.unipc(2, variant="B1")):
+        outputs.append(sampler(x_T, method=method))
+    assert len(traces) == 4
     assert len({float(out.sum()) for out in outputs}) == len(outputs)
 
 
