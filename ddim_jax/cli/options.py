@@ -59,8 +59,9 @@ class Sampling:
 
     Attributes:
       steps: S, the number of network calls per image.
-      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), pf-euler, or module:function.
-      eta: of the method ddim: 0 is DDIM, 1 is DDPM.
+      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), dpm-solver-2 (or 3, or sde), unipc-2
+        (or 3), pf-euler, or module:function.
+      eta: of the methods ddim and dpm-solver-2: 0 adds no noise, 1 is DDPM's.
       spacing: of τ.
       tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
@@ -82,7 +83,8 @@ class Sampling:
     seed: int = 0
 
     def __str__(self) -> str:
-        how = f"eta = {self.eta:g}" if self.method == "ddim" else self.method
+        eta = f"eta = {self.eta:g}"
+        how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         return f"{f'tau {self.tau}' if self.tau else f'S = {self.steps}'}, {how}, seed {self.seed}"
 
     @property
@@ -95,7 +97,8 @@ class Sampling:
         """The part of a file name that says how it was drawn."""
         label = "" if self.label is None else f"-label{self.label}"
         steps = len(_numbers(self.tau)) if self.tau else self.steps
-        how = f"eta{self.eta:g}" if self.method == "ddim" else self.method.replace(":", ".")
+        how = [] if self.method == "ddim" else [self.method.replace(":", ".")]
+        how = "-".join([*how, f"eta{self.eta:g}"] if self.eta or not how else how)
         return f"{label}-S{steps}-{how}-seed{self.seed}"
 
     def timesteps(self, schedule: Schedule) -> np.ndarray:

@@ -43,8 +43,8 @@ def dpm_solver(order: int = 2, *, eta: ArrayLike = 0.0) -> Method:
     The last step, to λ_0 = ∞, returns x̂_0, which is exact for a fixed x̂_0, and at order 3 the step
     before has order 2. Start-up: the first step has order 1, and order 2 needs no more. At order 3
     that one error would leave the whole run at order 2, so the first three steps integrate anew
-    from x_T through all x̂_0 known so far, as `adams_bashforth` does. Where ᾱ_T = 0, λ_T = −∞: the
-    first x̂_0 is in no polynomial.
+    from x_T through all x̂_0 known so far, as `adams_bashforth` does. Where ᾱ_T = 0, λ_T = −∞,
+    and the first x̂_0 is in no later polynomial.
 
     A clipped x̂_0 is remembered clipped, and ε is always derived from x̄_0.
 
@@ -100,15 +100,12 @@ def dpm_solver_weights(lam: Any, order: int) -> Any:
         return midpoint(lam)
     S = lam.shape[0] - 1
     n, slots = np.arange(S)[:, None], np.arange(order)
-    first = xp.where(xp.isfinite(lam[0]), 0, 1)  # the first step that ends have
     known = slots < np.minimum(n + 1, S - n)
-    start = xp.where(n < first + order, xp.minimum(first, n), n)
-    total = exponential_integrals(lam, n - slots, known, start)
-    gap = lam[:-1] - lam[1:]  # −h
-    already = xp.pad(total, ((1, 0), (1, 0)))[:-1, :-1] * xp.exp(gap)[:, None]
-    anew = (n > first) & (n < first + order)
-    w = (total - xp.where(anew, already, 0)) / -xp.expm1(gap)[:, None]
-    return xp.where(xp.isfinite(gap)[:, None], w, np.eye(1, order, dtype=lam.dtype))
+    total = exponential_integrals(lam, n - slots, known, np.where(n < order, 0, n))
+    gap = (lam[:-1] - lam[1:])[:, None]  # −h
+    already = xp.pad(total, ((1, 0), (1, 0)))[:-1, :-1] * xp.exp(gap)
+    w = (total - xp.where((n > 0) & (n < order), already, 0)) / -xp.expm1(gap)
+    return xp.where((n == 0) | (n == S - 1), np.eye(1, order, dtype=lam.dtype), w)
 
 
 def midpoint(lam: Any, more: Any = 1.0) -> Any:
@@ -125,22 +122,25 @@ def midpoint(lam: Any, more: Any = 1.0) -> Any:
 def exponential_integrals(lam: Any, k: np.ndarray, known: Any, start: Any) -> Any:
     """(S, p) e^{−λ_{n+1}} ∫ e^λ L_nj dλ of step n, from λ_start to λ_{n+1}, nodes λ_k.
 
-    By Gauss–Legendre quadrature, in which 32 points give all digits of float64. An infinite node is
-    left out, the limit of a far one. A row whose start or end is infinite means nothing.
+    By Gauss–Legendre quadrature over the last 40 of λ at most, beyond which e^λ is nothing: there
+    32 points give all digits of float64. An infinite node is left out beside others, the limit of
+    a far one.
 
     Args:
-      lam: (S+1,) λ.
-      k: (S, p) int, which λ are nodes; where not known, anything.
+      lam: (S+1,) λ; the row of the last step, to ∞, means nothing.
+      k: (S, p) int, which λ are nodes; where not known, anything in range.
       known: (S, p) bool.
       start: (S, 1) int.
     """
     xp: Any = np if is_concrete(lam) else jnp
-    known = known & xp.isfinite(lam)[k]
-    lam = xp.where(xp.isfinite(lam), lam, 0)
+    finite = xp.isfinite(lam)
+    known = known & (finite[k] | (known.sum(1, keepdims=True) == 1))
     points, weights = (xp.asarray(v, lam.dtype) for v in np.polynomial.legendre.leggauss(32))
-    low, high = lam[start], lam[1:, None]
+    high = xp.where(finite, lam, 0)[1:, None]
+    low = xp.maximum(lam[start], high - 40)
     v = (low + high) / 2 + points[None] * (high - low) / 2  # (S, 32)
-    return integrals(lam[k], known, v, xp.exp(v - high) * weights[None] * (high - low) / 2)
+    measure = xp.exp(v - high) * weights[None] * (high - low) / 2
+    return integrals(xp.where(finite, lam, 0)[k], known, v, measure)
 
 
 def half_log_snr(c: Coefficients) -> Any:

@@ -130,5 +130,4 @@ def _exact(xp: Any, lam: Any, k: np.ndarray, known: np.ndarray) -> Any:
     """(S, p) e^λ-weighted means of Lagrange's polynomials over each step, of the nodes λ_k."""
     k = np.clip(k, 0, len(lam) - 1)
     total = exponential_integrals(lam, k, known, np.arange(len(lam) - 1)[:, None])
-    gap = lam[:-1] - lam[1:]
-    return total / -xp.expm1(xp.where(xp.isfinite(gap), gap, -1))[:, None]
+    return total / -xp.expm1(lam[:-1] - lam[1:])[:, None]
