@@ -13,7 +13,7 @@ from ddim_jax.arrays import is_concrete
 def integrals(node: Any, known: Any, at: Any, measure: Any) -> Any:
     """∫ L_j dμ for each row n, with L_j the Lagrange polynomial of one known node among them.
 
-    L_nj(u) = Π_m (u − u_nm)/(u_nj − u_nm) over the known m ≠ j; ∫ by a quadrature, Σ_q L_nj(u_q) μ_q
+    L_nj(u) = Π_m (u − u_nm)/(u_nj − u_nm) over the known m ≠ j; ∫ is Σ_q L_nj(u_q) μ_q
 
     Args:
       node: (S, p) u_nj; those of a row that are known are distinct and finite.

@@ -26,11 +26,10 @@ def unipc(order: int = 2, *, corrector: bool = True, variant: str = "B2") -> Met
     x_s ← x_s + (√ᾱ_s − √ᾱ_t √(1 − ᾱ_s)/√(1 − ᾱ_t)) (Σ_j c_j x̂_0,j − Σ_j w_j x̂_0,j)
 
     w and c are the weights of `ddim_jax.sampling.dpm_solver`: e^λ-weighted means over the step of
-    the polynomial in λ through the x̂_0, of `order` of them for w and one more for c. A line has
-    instead the value in the middle, x̂_0 ± (β/2) × its change over the step: there the paper solves its
-    one condition of order by ½, and B(h) remains, with β = B(h)/(e^h − 1): 1 for B2(h) = e^h − 1
-    and h/(1 − e^{−h}) for B1(h) = h. From three points on its conditions fix the weights, and B
-    cancels.
+    the polynomial in λ through the x̂_0, of `order` of them for w and one more for c. Of a line the
+    paper takes the value at ½ instead, times its B(h): x̂_0 + (β/2) × the line's change over the
+    step, with β = 1 for B2 and β = h/(1 − e^{−h}) for B1, h = λ_s − λ_t. From three points on its
+    conditions of order fix the weights, and B cancels.
 
     The order rises by one a step at the start and falls by one a step at the end, to the last step,
     which returns x̂_0; a corrector has the order of the predictor it corrects. So `unipc(2,
