@@ -2,9 +2,9 @@
 
     python -m experiments.solvers [--model digits | --oracle] [--out results/solvers]
 
-Two measures, on latents that chose no τ: the error to the fine ODE solution (Adams–Bashforth 3 along
-τ = 1..T; RMS, pixels in [−1, 1]) on --fine-samples of them, and the Fréchet distance to the data on
-all, unless --rms-only. `--oracle` takes the exact denoiser of the digits in place of a network.
+Two measures, on latents that chose no τ: the error to the fine ODE solution (Adams–Bashforth 3
+along τ = 1..T; RMS, pixels in [−1, 1]) on --fine-samples of them, and the Fréchet distance to the
+data on all, unless --rms-only. `--oracle` takes the exact denoiser of the digits for a network.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ def main(argv: Sequence[str] | None = None) -> Cell:
                 row["refined"] = np.array(found["tau"])
             for n, tau in row.items():
                 if n in args.tau:
-                    key, judge = f"{name}-{n}-S{s}", partial(bench.judge, method, tau, s)
-                    cells.append(
-                        {"method": method, "tau": n, "S": s, **experiment.cell(key, judge)}
-                    )
+                    judge = partial(bench.judge, method, tau, s)
+                    cell = experiment.cell(f"{name}-{n}-S{s}", judge)
+                    cells.append({"method": method, "tau": n, "S": s, **cell})
     best = {s: min((c for c in cells if c["S"] == s), key=lambda c: c["rms"]) for s in args.steps}
     for s, c in best.items():
         print(f"S = {s}: {c['method']}, {c['tau']} τ, RMS {c['rms']:.4g} ± {c['rms_se']:.1g}",
@@ -118,9 +117,7 @@ def _check(experiment: Experiment) -> None:
     tau = experiment.tau(args.steps[0])
     for name, method in zip(args.method, methods, strict=True):
         if method(experiment.model.schedule, tau).steps.sigma is not None:
-            raise ValueError(
-                f"{name} adds noise and follows no ODE: `table1 --eta {name}` scores it"
-            )
+            raise ValueError(f"{name} adds noise, follows no ODE: see `table1 --eta {name}`")
 
 
 class _Bench:

@@ -1,6 +1,6 @@
 """DPM-Solver++ and UniPC: plain loops from the papers, limits, and what they refuse.
 
-Their orders of convergence are in test_methods.py, and other people's code in test_peers_solvers.py.
+Their orders of convergence are in test_methods.py, and peers in test_peers_solvers.py.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def test_2m_and_its_sde_form_against_the_papers_loop(eta):
 
 @pytest.mark.parametrize("weights", ["dpm", "predictor", "corrector"])
 def test_weights_integrate_polynomials_in_lambda_exactly(weights):
-    """Where x̂_0 is a polynomial of degree < 3 (4 if corrected), a step past the start has no error."""
+    """No error past the start where x̂_0 is a polynomial of degree < 3, or < 4 if corrected."""
     w = {"dpm": dpm_solver_weights, "predictor": predictor_weights, "corrector": corrector_weights}
     w, new = w[weights](LAMBDA, 3), int(weights == "corrector")
     for n in (3, 4):

@@ -119,10 +119,9 @@ def _third_order(scheduler, index, outputs, x):
 
 def test_difference_a_sigma_left_at_the_end():
     """By default the DPM scheduler ends at σ = 0, UniPC's too; `sigma_min` stops at τ₁."""
-    scheduler, tau = peer(DPM, 2)
-    other = peers.peer(
-        "linear", "trailing", kind=DPM, solver_order=2, final_sigmas_type="sigma_min"
-    )
+    tau = peer(DPM, 2)[1]
+    config = {"solver_order": 2, "final_sigmas_type": "sigma_min"}
+    other = peers.peer("linear", "trailing", kind=DPM, **config)
     other.set_timesteps(STEPS)
     assert other.sigmas[-1] > 0
     peers.assert_differs(states_of(other)[-1], ours_of(ddim.dpm_solver(2), tau)[-1])
