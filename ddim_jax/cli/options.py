@@ -97,8 +97,8 @@ class Sampling:
         """The part of a file name that says how it was drawn."""
         label = "" if self.label is None else f"-label{self.label}"
         steps = len(_numbers(self.tau)) if self.tau else self.steps
-        how = [] if self.method == "ddim" else [self.method.replace(":", ".")]
-        how = "-".join([*how, f"eta{self.eta:g}"] if self.eta or not how else how)
+        eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
+        how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
         return f"{label}-S{steps}-{how}-seed{self.seed}"
 
     def timesteps(self, schedule: Schedule) -> np.ndarray:

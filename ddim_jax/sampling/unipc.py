@@ -63,7 +63,8 @@ def unipc(order: int = 2, *, corrector: bool = True, variant: str = "B2") -> Met
 
     def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
         plan = euler(schedule, tau)
-        lam, c = half_log_snr(plan.steps), plan.steps
+        c: Any = plan.steps
+        lam = half_log_snr(c)
         w = predictor_weights(lam, order, variant)
         if not corrector:
             return dataclasses.replace(plan, weights=w, remembers="x_0")
