@@ -93,7 +93,7 @@ def dpm_solver_weights(lam: Any, order: int) -> Any:
 
     Example:
       >>> dpm_solver_weights(np.array([0.0, 1.0, 3.0, np.inf]), 2).tolist()
-      [[1.0, 0.0], [2.0, -1.0], [1.0, 0.0]]
+      [[1.0, -0.0], [2.0, -1.0], [1.0, -0.0]]
     """
     xp: Any = np if is_concrete(lam) else jnp
     if order == 2:

@@ -103,7 +103,7 @@ def euler(
     Example:
       >>> import ddim_jax as ddim
       >>> euler(ddim.linear_schedule(1000), [1, 500, 1000], eta=1.0).steps.sigma.round(2).tolist()
-      [0.94, 0.01, 0.0]
+      [0.96, 0.01, 0.0]
     """
     t, s = pairs(schedule, tau)
     steps = coefficients(schedule, t, s, _along("eta", eta, t), sigma=_along("sigma", sigma, t))
