@@ -3,6 +3,7 @@
 Their orders of convergence are in test_methods.py, and peers in test_peers_solvers.py.
 """
 
+import dataclasses
 import itertools
 
 import jax
@@ -207,6 +208,7 @@ def test_the_sde_form_keeps_the_variance_better_than_ddim(eta):
         (lambda: ddim.unipc(0), "order must be 1, 2 or 3, got 0"),
         (lambda: ddim.unipc(2, variant="bh2"), "'bh2'"),
         (lambda: ddim.unipc(2)(SCHEDULE, [0, 2]), "1..T"),
+        (lambda: drawn(lambda *a: dataclasses.replace(ddim.unipc(2)(*a), weights=None)), "memory"),
         (lambda: find_method("unipc-2", 0.5), "'unipc-2' has no eta"),
         (lambda: find_method("dpm-solver-3", 0.5), "'dpm-solver-3' has no eta"),
         (lambda: find_method("dpm-solver-4"), "unknown method 'dpm-solver-4'"),

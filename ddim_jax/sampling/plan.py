@@ -44,7 +44,8 @@ class Plan:
         (encoders); else None.
       remembers: which predictions `weights` and `corrects` sum: `"eps"` or `"x_0"`.
       corrects: (S, M), newest first: what of the last M predictions is added to the state after
-        the network was called with it and before it steps on; None where nothing is.
+        the network was called with it and before it steps on; None where nothing is. Beside
+        `weights`, whose memory it sums.
 
     Example:
       >>> import ddim_jax as ddim
@@ -135,6 +136,8 @@ def run(
       (x_0, (x_t, x̂_0) of the kept steps, each (K, B, ...)), in x_T's dtype.
     """
     x_T = check_batch(x_T)
+    if plan.corrects is not None and plan.weights is None:
+        raise ValueError("a plan that corrects sums a memory: give it weights (S, M) too")
     if keys is not None and keys.shape != x_T.shape[:1]:
         raise ValueError(f"got keys of {keys.shape[0]} images for {x_T.shape[0]} images")
     prediction, x = prediction_of(denoise), wide(x_T)
