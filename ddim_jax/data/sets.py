@@ -40,6 +40,7 @@ class Dataset:
       provenance: JSON-able facts that tell this data set from another.
       read: int array (n,) of indices in 0..N−1 -> uint8 (n, H, W, C) and int32 (n,).
       unreadable: index -> reason of each record that `read` had to replace; `read` fills it.
+      label_names: what the classes 0..num_classes−1 are called, where the data set knows.
 
     Example:
       >>> digits = load("digits")
@@ -55,7 +56,16 @@ class Dataset:
     provenance: dict[str, Any]
     read: Take = dataclasses.field(repr=False)
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
+    label_names: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
     _warned: set[int] = dataclasses.field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        names = self.label_names
+        if names is not None and (len(names) != self.num_classes or len({*names}) < len(names)):
+            raise ValueError(
+                f"label_names must be {self.num_classes} different names, one for each class of "
+                f"{self.name}, got {names}"
+            )
 
     @property
     def skipped(self) -> list[int]:
@@ -160,6 +170,7 @@ def load(
         provenance=provenance,
         read=read,
         unreadable=read.unreadable,
+        label_names=records.label_names,
     )
 
 
@@ -201,6 +212,7 @@ def _digits(split: str, transform: Transform | None) -> Dataset:
         num_classes=10,
         provenance=provenance,
         read=functools.partial(_rows, images, labels),
+        label_names=tuple("0123456789"),
     )
 
 

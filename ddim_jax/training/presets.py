@@ -64,6 +64,8 @@ def digits() -> Preset:
             num_blocks=1,
             attention_resolutions=(),
             dropout=0.0,
+            num_classes=10,
+            norm_groups=8,
         ),
         TrainConfig(
             batch_size=32,

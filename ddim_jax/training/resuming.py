@@ -45,6 +45,7 @@ FREE_ON_RESUME = (
     "train.num_threads",
     "train.num_workers",
     "train.skip_nonfinite",
+    "label_names",
 )
 ROUNDS_ON_RESUME = ("train.accumulate", "train.fsdp", "model.remat")
 ROUNDED = (
@@ -106,6 +107,8 @@ def check_run(
             f"facts say that the network predicts {facts['prediction']!r}, config.prediction that "
             f"it learns {config.prediction!r}: leave it out of facts"
         )
+    if num_classes is not None and dataset.label_names is not None:
+        facts = {"label_names": dataset.label_names, **facts}
     config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **facts}
     return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
 
@@ -126,6 +129,8 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
       ValueError: a resumed run must keep its configuration, but these differ:
         train.seed: saved 0, now 1
     """
+    if "model" in saved and "norm_groups" in wanted.get("model", {}):  # once it was always 32
+        saved = {**saved, "model": {"norm_groups": 32, **saved["model"]}}
     free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
     if wanted["train"].get("cosine_decay"):
         free.remove("train.num_updates")
