@@ -84,7 +84,8 @@ def sample(
     condition = sampling.condition(loaded)
     numbers = np.arange(first, first + num_images, dtype=np.uint32)
     labels = condition.of(numbers)
-    names = [None] * num_images if labels is None else [name_of(loaded, k) for k in labels]
+    classes = [None] * num_images if labels is None else labels.tolist()
+    names = [None if label is None else name_of(loaded, label) for label in classes]
     singles = [] if each is None else _single_files(each, numbers, names, overwrite)
     tau = sampling.timesteps(loaded.schedule)
     shown = _shown(num_images, loaded.image_shape) if gif or webp else 0
@@ -92,12 +93,13 @@ def sample(
     draw, devices = make_drawer(
         loaded, tau, method, condition, sampling.seed, clip=sampling.clip, keep=keep
     )
-    images, paths = [], []
+    images: list[np.ndarray] = []
+    paths: list[np.ndarray] = []
     with tqdm(total=num_images, unit="image", desc="compiling") as bar:
         for batch in batches_of(draw, numbers, batch_size, devices, bar):
             bar.set_description("drawing")
-            paths.append(batch.path[: max(0, shown - sum(map(len, images)))])
-            images.append(batch.images)
+            paths.append(np.asarray(batch.path)[: max(0, shown - bar.n)])
+            images.append(np.asarray(batch.images))
             bar.update(len(batch.images))
     drawn = _Drawn(np.concatenate(images), numbers, names, batch_size)
     facts = {"model": portable(model), **dataclasses.asdict(sampling), **source.given()}
@@ -116,8 +118,8 @@ def sample(
     if each:
         written.append(f"{each}: {num_images} files, {singles[0].name} to {singles[-1].name}")
     if shown:
-        path = np.concatenate([*np.concatenate(paths).swapaxes(0, 1), drawn.images[:shown]])
-        frames = np.stack([_tiled(frame) for frame in np.split(path, len(path) // shown)])
+        states = [*np.concatenate(paths).swapaxes(0, 1), drawn.images[:shown]]
+        frames = np.stack([_tiled(state) for state in states])
         for file in filter(None, (gif, webp)):
             what = f"{len(frames)} frames of {'the first ' * (shown < num_images)}{shown} images"
             save(file, encode_animation(frames, file.suffix.lower()[1:]), what)

@@ -27,7 +27,7 @@ from ddim_jax.sampling import (
     clip_x0,
     initial_noise,
 )
-from ddim_jax.sampling.plan import Plan, run
+from ddim_jax.sampling.plan import run
 from ddim_jax.weights import Model
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
@@ -75,7 +75,7 @@ def make_draw(
     noisy = plan.steps.sigma is not None
     keep = np.zeros(len(tau), bool) if keep is None else keep
 
-    def draw(plan: Plan, params: Any, keys: Array, numbers: Array, *inputs: Array | None) -> Drawn:
+    def draw(params: Any, keys: Array, numbers: Array, *inputs: Array | None) -> Drawn:
         x_T = initial_noise(keys[0], numbers, model.image_shape)
         key = image_keys(keys[1], numbers) if noisy else None
         condition = dict(zip(("labels", "guidance", "interval"), inputs, strict=True))
@@ -83,10 +83,9 @@ def make_draw(
         x_0, (_, path) = run(denoise, x_T, plan, key, keep)
         return Drawn(to_uint8(x_0), jnp.isfinite(x_0).all((1, 2, 3)), to_uint8(path).swapaxes(0, 1))
 
-    specs = (WHOLE, WHOLE, WHOLE, SPLIT, SPLIT, WHOLE, WHOLE)
+    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE, WHOLE)
     spread = jax.shard_map(draw, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
-    jitted = jax.jit(spread, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
-    return partial(jitted, plan)
+    return jax.jit(spread, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
 def make_drawer(

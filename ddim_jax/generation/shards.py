@@ -131,7 +131,7 @@ def generate(
         "tau": tau.tolist(),
         "method": method,
         "clip": clip,
-        "labels": asked.labels[0] if len(asked.labels or ()) == 1 else asked.labels,
+        "labels": asked.labels[0] if asked.labels and len(asked.labels) == 1 else asked.labels,
         "guidance": asked.guidance,
         **({"guidance_interval": asked.interval} if asked.interval else {}),
         "sha256": _digest({"params": model.params, "alpha_bar": model.schedule.alpha_bar}),

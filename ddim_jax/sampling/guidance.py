@@ -23,7 +23,7 @@ def classifier_free(
     unconditional: Denoiser,
     scale: ArrayLike,
     *,
-    interval: ArrayLike | tuple[int, int] | None = None,
+    interval: Array | np.ndarray | tuple[int, int] | None = None,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, Eq. 6, with w there equal to w − 1 here).
 
@@ -67,7 +67,7 @@ def classifier_free_labels(
     null_label: ArrayLike,
     scale: ArrayLike,
     *,
-    interval: ArrayLike | tuple[int, int] | None = None,
+    interval: Array | np.ndarray | tuple[int, int] | None = None,
 ) -> Denoiser:
     """`classifier_free` for one network that takes labels, in one call of twice the batch.
 
@@ -169,16 +169,16 @@ def classifier(
 
 
 def _scale_at(
-    scale: ArrayLike, interval: ArrayLike | tuple[int, int] | None
+    scale: ArrayLike, interval: Array | np.ndarray | tuple[int, int] | None
 ) -> Callable[[Array, Array], Array]:
     """(x, t) → w, shaped to multiply x, and 1 outside the interval."""
     if is_concrete(scale) and not np.isfinite(np.asarray(scale)).all():
         raise ValueError(f"scale must be finite, got {scale}")
     if jnp.ndim(scale) > 1:
         raise ValueError(f"scale must be a scalar or (B,), got shape {jnp.shape(scale)}")
-    if interval is not None and jnp.shape(interval) != (2,):
+    if interval is not None and len(interval) != 2:
         raise ValueError(f"interval must be (lo, hi), got {interval}")
-    if interval is not None and is_concrete(interval) and not interval[0] <= interval[1]:  # type: ignore[index]
+    if interval is not None and is_concrete(interval) and not interval[0] <= interval[1]:
         raise ValueError(f"interval must be (lo, hi) with lo <= hi, got {interval}")
 
     def weight(x: Array, t: Array) -> Array:
