@@ -85,7 +85,6 @@ def run(
         train,
         run_folder,
         facts=to_facts(preset.schedule, preset.model, train.prediction),
-        num_classes=preset.model.num_classes,
         resume="auto",
     )
     trained = time.perf_counter() - began

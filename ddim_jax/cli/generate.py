@@ -34,7 +34,7 @@ def generate(
     module.check_sizes(num_images, batch_size, shard_size)
     check_writable(out / "settings.json")
     processes.join()
-    loaded = source.load(model)
+    loaded = source.load(sampling.model(model))
     module.generate(
         loaded,
         out,

@@ -19,6 +19,7 @@ from ddim_jax.sampling import Method, find_method
 from ddim_jax.storage.files import portable
 from ddim_jax.training import parallel
 from ddim_jax.weights import Model, load_model
+from ddim_jax.weights.pretrained import with_classes
 
 Spacing = Literal[
     "linear", "quadratic", "uniform", "quad", "leading", "trailing", "linspace", "logsnr"
@@ -140,6 +141,10 @@ class Sampling:
         if low.denominator == high.denominator == 1 and "." not in self.guidance_interval:
             return int(low), int(high)
         return max(1, math.ceil(low * num_steps)), math.floor(high * num_steps)
+
+    def model(self, name: str) -> str:
+        """The model to load: of a shipped one that has no classes the one that has, if need be."""
+        return name if self.wanted is None else with_classes(name)
 
     def condition(self, model: Model) -> Condition:
         """Classes and guidance, checked against the model."""

@@ -48,8 +48,9 @@ def sample(
     """Draw images with a trained model, and save them as one PNG, or as you say.
 
     Args:
-      model: "digits" (ships with the package), a run folder, a .safetensors file, a PyTorch
-        checkpoint in the names of Ho et al. and the authors, or a diffusers folder.
+      model: "digits" (ships with the package; where a class is asked for it is "digits-labels"), a
+        run folder, a .safetensors file, a PyTorch checkpoint in the names of Ho et al. and the
+        authors, or a diffusers folder.
       num_images: how many; image k is the same whatever their number.
       first: the number of the first image.
       batch_size: images at a time on each device, 16 by default or fewer if fewer are drawn. The
@@ -68,6 +69,7 @@ def sample(
     if not 0 <= first < first + num_images <= 2**31:
         raise ValueError(f"--first must be in 0..2**31 - num_images, got {first}")
     method = sampling.check()
+    model = sampling.model(model)
     files = {"out": out, "gif": gif, "webp": webp, "html": html}
     if each is None and not any(files.values()):
         number = f"-first{first}" if first else ""

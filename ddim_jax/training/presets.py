@@ -64,8 +64,6 @@ def digits() -> Preset:
             num_blocks=1,
             attention_resolutions=(),
             dropout=0.0,
-            num_classes=10,
-            norm_groups=8,
         ),
         TrainConfig(
             batch_size=32,
@@ -79,6 +77,17 @@ def digits() -> Preset:
             checkpoint_every=700,
         ),
     )
+
+
+def digits_labels() -> Preset:
+    """The digits with their classes, for guidance: the model that ships as `digits-labels`.
+
+    Command: `ddim-jax train digits-labels`. Hardware: 2 CPU cores. Time: 4 CPU-minutes. Score:
+    """
+    plain = digits()
+    model = dataclasses.replace(plain.model, channels=24, num_classes=10, norm_groups=8)
+    train = dataclasses.replace(plain.train, num_updates=4000, checkpoint_every=1000)
+    return dataclasses.replace(plain, name="digits-labels", model=model, train=train)
 
 
 def mnist() -> Preset:
@@ -169,4 +178,7 @@ def lsun256() -> Preset:
     )
 
 
-PRESETS = {f.__name__: f for f in (digits, mnist, cifar10, celeba64, lsun256)}
+PRESETS = {
+    f.__name__.replace("_", "-"): f
+    for f in (digits, digits_labels, mnist, cifar10, celeba64, lsun256)
+}
