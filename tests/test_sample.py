@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import io
 import json
+import os
 import re
 import shlex
 import warnings
@@ -19,10 +20,12 @@ import ddim_jax as ddim
 from ddim_jax import cli
 from ddim_jax.cli.options import Sampling
 from ddim_jax.cli.sample import _kept, _shown
+from ddim_jax.data import load
+from ddim_jax.evaluation import frechet_distance, moments
 from ddim_jax.generation.condition import condition, name_of
 from ddim_jax.generation.drawing import make_drawer
 from ddim_jax.generation.shards import generate, iter_shards
-from ddim_jax.networks.unet import UNetConfig, build
+from ddim_jax.networks.unet import UNetConfig, build, make_apply
 from ddim_jax.pictures.animation import encode_animation
 from ddim_jax.pictures.images import grid, to_uint8
 from ddim_jax.sampling import find_method
@@ -286,6 +289,36 @@ def test_info_and_files_know_the_names(command, model):
     command("export m.safetensors folder --diffusers")
     loaded = ddim.load_model("folder")
     assert (loaded.label_names, loaded.config) == (tuple(NAMES), model.config)
+
+
+def test_evaluate_takes_classes_by_the_same_options(command):
+    """Images drawn as 'cat' and '7' in turn, of the classes 0 and 2 of ten; the data's likewise."""
+    config = dataclasses.replace(ddim.load_model("m.safetensors").config, num_classes=10)
+    _, params = build(config, jax.random.key(0))
+    names = ["cat", *"123456", "7", *"89"]
+    facts = to_facts(ddim.ScheduleConfig(), config) | {"label_names": names}
+    model = ddim.Model(make_apply(config), params, ddim.linear_schedule(1000), config, facts)
+    folder = generate(model, "many", 12, 1, labels=["cat", 7], batch_size=12, shard_size=12,
+                      devices=jax.devices()[:1], progress=False)  # fmt: skip
+    drawn, data = next(iter_shards(folder)), load("digits").arrays()
+    for options, some, real in [
+        ("--label cat", drawn[::2], data["label"] == 0),
+        ("--labels 7,cat", drawn, np.isin(data["label"], [0, 7])),
+    ]:
+        found = command(f"evaluate many --data digits --blocks 0 {options}")
+        moments_of = [moments(v / 127.5 - 1) for v in (some, data["image"][real])]
+        assert f"FD-pixels {frechet_distance(*moments_of):.3g}"[:14] in found
+    assert set(os.listdir()) >= {"digits-train-cat-pixels.npz", "digits-train-7,cat-pixels.npz"}
+    for options, says in [
+        ("--label 3", r"many holds no image of the classes \(3,\)"),
+        ("--label dog", "unknown class 'dog'"),
+        ("--label 0 --labels all", "not both"),
+    ]:
+        with pytest.raises(SystemExit, match=says):
+            command(f"evaluate many --data digits --blocks 0 {options}")
+    command("generate digits --num-images 2 --steps 1 --out plain --batch-size 2 --shard-size 2")
+    with pytest.raises(SystemExit, match="drawn without classes: leave out --label and --labels"):
+        command("evaluate plain --data digits --blocks 0 --label 1")
 
 
 def test_animations():

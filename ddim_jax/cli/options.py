@@ -69,7 +69,39 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Classes:
+    """Which classes.
+
+    Attributes:
+      label: of a model with classes, that of all images: a number, a name, or none.
+      labels: or several classes in turn over the images' numbers, such as 0,1,2 or cat,dog, or all.
+    """
+
+    label: str | None = None
+    labels: str | None = None
+
+    @property
+    def wanted(self) -> Labels:
+        """The labels, as `generate` takes them."""
+        if self.labels is None or self.labels == "all":
+            return self.label if self.labels is None else "all"
+        return self.labels.split(",")
+
+    def check_classes(self) -> None:
+        """What can be checked without the model."""
+        if self.labels is not None and self.label is not None:
+            raise ValueError(
+                f"give --label or --labels, not both, got --label {self.label} and --labels "
+                f"{self.labels}"
+            )
+        for name in ("label", "labels"):
+            given = getattr(self, name)
+            if given is not None and "" in ([given] if name == "label" else given.split(",")):
+                raise ValueError(f"--{name} holds an empty name, got {given!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Classes):
     """How to draw.
 
     Attributes:
@@ -79,8 +111,6 @@ class Sampling:
       spacing: of τ.
       tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
-      label: of a model with classes, that of all images: a number, a name, or none.
-      labels: or several classes in turn over the images' numbers, such as 0,1,2 or cat,dog, or all.
       guidance: classifier-free, w, for images with classes: 1 is conditional, more is guided.
       guidance_interval: LO,HI: guide there only; whole numbers are t of 1..T, others parts of T,
         such as 0.2,0.8.
@@ -93,8 +123,6 @@ class Sampling:
     spacing: Spacing = "linear"
     tau: str | None = None
     clip: bool = False
-    label: str | None = None
-    labels: str | None = None
     guidance: float | None = None
     guidance_interval: str | None = None
     seed: int = 0
@@ -105,13 +133,6 @@ class Sampling:
         parts = [f"tau {self.tau}" if self.tau else f"S = {self.steps}", how]
         parts += [f"{name.replace('_', ' ')} {value}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
-
-    @property
-    def wanted(self) -> Labels:
-        """The labels, as `generate` takes them."""
-        if self.labels is None or self.labels == "all":
-            return self.label if self.labels is None else "all"
-        return self.labels.split(",")
 
     @property
     def stem(self) -> str:
@@ -169,15 +190,7 @@ class Sampling:
             _numbers(self.tau)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}")
-        if self.labels is not None and self.label is not None:
-            raise ValueError(
-                f"give --label or --labels, not both, got --label {self.label} and --labels "
-                f"{self.labels}"
-            )
-        for name in ("label", "labels"):
-            given = getattr(self, name)
-            if given is not None and "" in ([given] if name == "label" else given.split(",")):
-                raise ValueError(f"--{name} holds an empty name, got {given!r}")
+        self.check_classes()
         if self.guidance is not None and self.wanted is None:
             raise ValueError("--guidance is towards a class: give --label or --labels too")
         if self.guidance is not None and not math.isfinite(self.guidance):
@@ -208,6 +221,7 @@ class Processes:
 
 
 SourceOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Source]
+ClassOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Classes]
 SamplingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Sampling]
 ProcessOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Processes]
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -172,6 +172,31 @@ def load(
         unreadable=read.unreadable,
         label_names=records.label_names,
     )
+
+
+def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
+    """The images of some classes, in their order; all labels are read first.
+
+    Raises:
+      ValueError: there are none.
+
+    Example:
+      >>> len(of_classes(load("digits"), [0, 1]))
+      360
+    """
+    chosen = np.flatnonzero(np.isin(dataset.arrays()["label"], classes))
+    if not len(chosen):
+        raise ValueError(f"{dataset.name} {dataset.split} has no image of the classes {classes}")
+    return dataclasses.replace(
+        dataset,
+        size=len(chosen),
+        provenance={**dataset.provenance, "classes": sorted({*map(int, classes)})},
+        read=functools.partial(_chosen, dataset.read, chosen),
+    )
+
+
+def _chosen(read: Take, chosen: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return read(chosen[indices])
 
 
 def available(data_dir: str | os.PathLike[str] | None = None) -> list[str]:

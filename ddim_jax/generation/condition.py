@@ -82,7 +82,9 @@ def condition(
         _warn_of_none(model)
         return Condition()
     return Condition(
-        _classes(model, labels), None if guidance is None else float(guidance), interval
+        class_numbers(labels, num_classes, model.label_names),
+        None if guidance is None else float(guidance),
+        interval,
     )
 
 
@@ -100,42 +102,44 @@ def name_of(model: Model, label: int) -> str:
     return str(label) if names is None else names[label]
 
 
-def _classes(model: Model, labels: Any) -> tuple[int, ...]:
-    count = model.config.num_classes
-    if isinstance(labels, str) and labels == "all" and "all" not in (model.label_names or ()):
-        return tuple(range(count))
+def class_numbers(
+    labels: Any, num_classes: int, names: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """The numbers of the classes that are asked for, as `condition` says; "none" is num_classes.
+
+    Example:
+      >>> class_numbers(["dog", 0, "none"], 2, ["cat", "dog"]), class_numbers("all", 2)
+      ((1, 0, 2), (0, 1))
+    """
+    names = names or ()
+    if isinstance(labels, str) and labels == "all" and "all" not in names:
+        return tuple(range(num_classes))
     several = [labels] if isinstance(labels, str) or np.ndim(labels) == 0 else list(labels)
     if not several:
         raise ValueError("labels must name at least one class, got an empty list")
-    return tuple(_class(model, label) for label in several)
+    return tuple(_class_number(label, num_classes, names) for label in several)
 
 
-def _class(model: Model, label: Any) -> int:
+def _class_number(label: Any, count: int, names: Sequence[str]) -> int:
     """The number of one class: a name goes before a number."""
-    count, names = model.config.num_classes, model.label_names or ()
-    known = f"a class in 0..{count - 1}, {count} or 'none' for none, or 'all'" + (
-        f", or one of its names {reprlib.repr(list(names))}" if names else ""
-    )
+    known = f"a class in 0..{count - 1}, {count} or 'none' for none, or 'all'"
+    known += f", or one of its names {reprlib.repr(list(names))}" if names else ""
     if isinstance(label, str):
         if label in names:
-            return names.index(label)
+            return list(names).index(label)
         if label == "none":
-            return int(count)
+            return count
         if not label.isascii() or not label.lstrip("-").isdigit():
             close = difflib.get_close_matches(label, names, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             more = "" if names else ", and the names of its classes are not stored with it"
             raise ValueError(f"unknown class {label!r}{hint}: labels must be {known}{more}")
         label = int(label)
-    if isinstance(label, bool):
+    if isinstance(label, bool) or not hasattr(label, "__index__"):
         raise TypeError(f"labels must be {known}, got {label!r}")
-    try:
-        number = operator.index(label)
-    except TypeError:
-        raise TypeError(f"labels must be {known}, got {label!r}") from None
-    if not 0 <= number <= count:
-        raise ValueError(f"labels must be {known}, got {number}")
-    return number
+    if not 0 <= operator.index(label) <= count:
+        raise ValueError(f"labels must be {known}, got {label}")
+    return operator.index(label)
 
 
 def _interval(interval: Any, num_steps: int) -> tuple[int, int]:

@@ -44,9 +44,9 @@ def load_model(
 
     Args:
       source: "digits", or with classes "digits-labels", the models that ship with the package; a
-        run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder (`UNet2DModel`, or a pipeline with one);
-        or a PyTorch checkpoint of Ho et al.'s network as the DDIM authors name its tensors, a
-        state dict or their training list.
+        run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
+        (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint of Ho et al.'s network as
+        the DDIM authors name its tensors, a state dict or their training list.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, training list); else the weights
         themselves.
