@@ -153,11 +153,11 @@ def test_one_call_writes_every_kind_of_file(command, model, tmp_path):
     page = Page(text)
     np.testing.assert_array_equal(np.stack(page.images), singles)
     assert not [link for link in page.links if not link.startswith("data:image/png;base64,")]
-    assert page.alts == [f"image {k}, {'cat' if k % 2 == 0 else '7'}" for k in range(5)]
+    assert page.alts == [f"image {k}, class {'cat' if k % 2 == 0 else '7'}" for k in range(5)]
     assert "script" not in text
-    assert "guidance 2.0, seed 0" in page.texts["div"][3]
+    assert "guidance 2, seed 0" in page.texts["div"][3]
     again = page.texts["code"][3]
-    assert again.startswith("ddim-jax sample m.safetensors --steps 3 --guidance 2.0 --label 7 ")
+    assert again.startswith("ddim-jax sample m.safetensors --steps 3 --guidance 2 --label 7 ")
     command(again.removeprefix("ddim-jax ") + " --each again")
     np.testing.assert_array_equal(pixels("again/00003-7.png"), singles[3])
 
@@ -353,7 +353,7 @@ def test_an_animation_is_of_sensible_size():
 def test_file_names_say_what_is_drawn():
     named = {
         Sampling(): "-S50-eta0-seed0",
-        Sampling(labels="0,1", guidance=2.0): "-labels0,1-w2.0-S50-eta0-seed0",
+        Sampling(labels="0,1", guidance=2.0): "-labels0,1-w2-S50-eta0-seed0",
         Sampling(label="polar bear"): "-labelpolar_bear-S50-eta0-seed0",
     }
     for sampling, stem in named.items():

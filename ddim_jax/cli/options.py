@@ -131,7 +131,7 @@ class Sampling(Classes):
         how = f"eta = {self.eta:g}" if self.method == "ddim" else self.method
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
         parts = [f"tau {self.tau}" if self.tau else f"S = {self.steps}", how]
-        parts += [f"{name.replace('_', ' ')} {value}" for name, value in asked.items()]
+        parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
 
     @property
@@ -139,7 +139,7 @@ class Sampling(Classes):
         """The part of a file name that says how it was drawn."""
         names = {"label": "label", "labels": "labels", "guidance": "w", "guidance_interval": "in"}
         asked = {short: getattr(self, name) for name, short in names.items()}
-        marks = [f"{short}{value}" for short, value in asked.items() if value is not None]
+        marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
         steps = len(_numbers(self.tau)) if self.tau else self.steps
         how = f"eta{self.eta:g}" if self.method == "ddim" else self.method.replace(":", ".")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
@@ -151,7 +151,7 @@ class Sampling(Classes):
             if name in ("label", "labels") or value == getattr(defaults, name):
                 continue
             option = f"--{name.replace('_', '-')}"
-            words += [option] if value is True else [option, portable(str(value))]
+            words += [option] if value is True else [option, portable(_short(value))]
         return words
 
     def interval(self, num_steps: int) -> tuple[int, int] | None:
@@ -250,6 +250,12 @@ def _numbers(tau: str) -> np.ndarray:
         raise ValueError(
             f"--tau takes whole numbers, such as 1,10,100, or a file of them, got {tau!r}"
         ) from None
+
+
+def _short(value: Any) -> str:
+    """A value as one would type it: 2 for 2.0."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def _pair(interval: str) -> tuple[Fraction, Fraction]:

@@ -154,7 +154,7 @@ class _Drawn(NamedTuple):
             words += [] if name is None else ["--label", name]
             words += ["--first", str(number), "--num-images", "1"]
             command = shlex.join([*words, "--batch-size", str(self.batch_size)])
-            title = f"{number}" if name is None else f"{number}, {name}"
+            title = f"image {number}" if name is None else f"image {number}, class {name}"
             cards.append(Card(pixels, title, str(told), command))
         title = f"{len(cards)} images of {portable(model)}"
         return contact_sheet(title, f"{sampling}. Numbers count from 0.", cards)

@@ -59,7 +59,7 @@ def contact_sheet(title: str, note: str, cards: Sequence[Card]) -> str:
         height, width = card.pixels.shape[:2]
         small = ' class="small"' if max(height, width) < 128 else ""
         figures.append(
-            f'<figure><img{small} alt="image {e(card.title)}" width="{width}" height="{height}" '
+            f'<figure><img{small} alt="{e(card.title)}" width="{width}" height="{height}" '
             f'style="height:auto" src="data:image/png;base64,{data}"><figcaption>'
             f'<b>{e(card.title)}</b><div class="dim">{e(card.details)}</div><details><summary>'
             f"draw it again</summary><code>{e(card.command)}</code></details>"
