@@ -62,7 +62,7 @@ def condition(
 
     Example:
       >>> import ddim_jax as ddim
-      >>> condition(ddim.load_model("digits"), ["3", 7], 2.0)
+      >>> condition(ddim.load_model("digits-labels"), ["3", 7], 2.0)
       Condition(labels=(3, 7), guidance=2.0, interval=None)
     """
     num_classes = model.config.num_classes
@@ -93,7 +93,7 @@ def name_of(model: Model, label: int) -> str:
 
     Example:
       >>> import ddim_jax as ddim
-      >>> name_of(ddim.load_model("digits"), 10)
+      >>> name_of(ddim.load_model("digits-labels"), 10)
       'none'
     """
     names = model.label_names

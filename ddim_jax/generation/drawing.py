@@ -139,7 +139,7 @@ def conditioned(model: Model, clip: bool = False) -> Model:
 
     Example:
       >>> import ddim_jax as ddim
-      >>> model = conditioned(ddim.load_model("digits"))
+      >>> model = conditioned(ddim.load_model("digits-labels"))
       >>> sampler = ddim.make_sampler(model, [10, 1000])
       >>> sampler(jnp.ones((1, *model.image_shape)), labels=np.array([3]), guidance=2.0).shape
       (1, 8, 8, 1)

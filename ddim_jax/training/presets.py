@@ -83,6 +83,9 @@ def digits_labels() -> Preset:
     """The digits with their classes, for guidance: the model that ships as `digits-labels`.
 
     Command: `ddim-jax train digits-labels`. Hardware: 2 CPU cores. Time: 4 CPU-minutes. Score:
+    pixel-space Fréchet distance 0.177 of the ten classes in turn at S = 50, η = 0, 2,000 samples,
+    without guidance; a classifier reads 98.2 % of them as the class asked for. Drawn without
+    a class: 0.414.
     """
     plain = digits()
     model = dataclasses.replace(plain.model, channels=24, num_classes=10, norm_groups=8)
