@@ -112,7 +112,9 @@ def test_dry_run_of_every_preset(command, tmp_path):
         parameters = count_params(abstract_params(make().model))
         assert f"parameters: {parameters:,}" in said
         assert "seed: 12" in said
-        assert ("\nchecked: 1,797 images" if name.startswith("digits") else "\nnot checked, as") in said
+        assert (
+            "\nchecked: 1,797 images" if name.startswith("digits") else "\nnot checked, as"
+        ) in said
     assert list(tmp_path.iterdir()) == []
 
 
