@@ -182,8 +182,8 @@ def encode_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
       ValueError: the pixels are no such thing.
 
     Example:
-      >>> decode(encode_png(np.full((1, 2, 1), 7, np.uint8))).tolist()
-      [[[7], [7]]]
+      >>> np.asarray(Image.open(io.BytesIO(encode_png(np.full((1, 2, 1), 7, np.uint8))))).tolist()
+      [[7, 7]]
     """
     from PIL.PngImagePlugin import PngInfo
 
