@@ -21,6 +21,7 @@ from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import PRESETS, Preset
 from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import read_metrics
+from ddim_jax.training.step import objective
 from ddim_jax.weights import to_facts
 
 # A preset of the user's own, module:function, is one more choice, if the line asks for it.
@@ -58,6 +59,7 @@ def train(
     if not dry_run:
         processes.join()
     schedule = preset.schedule.build()
+    objective(schedule, preset.train)
     check_writable(out / "checkpoints")
     facts = {"preset": preset.name, **to_facts(preset.schedule, preset.model)}
     if dry_run:

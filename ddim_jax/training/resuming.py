@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ddim_jax.data import Dataset, changes, check_main_guard
+from ddim_jax.process.prediction import Prediction
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import (
     CheckpointError,
@@ -101,11 +102,12 @@ def check_run(
             f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
             "none"
         )
-    facts = {"prediction": config.prediction, **(facts or {})}
-    if facts["prediction"] != config.prediction:
+    learned = Prediction(config.prediction, sigma_data=config.sigma_data).facts()
+    facts = {**learned, **(facts or {})}
+    if said := {name: facts[name] for name in learned if facts[name] != learned[name]}:
         raise ValueError(
-            f"facts say that the network predicts {facts['prediction']!r}, config.prediction that "
-            f"it learns {config.prediction!r}: leave it out of facts"
+            f"facts say of the network {said}, config that it learns {learned}: leave it out of "
+            "facts"
         )
     if num_classes is not None and dataset.label_names is not None:
         facts = {"label_names": dataset.label_names, **facts}
@@ -131,6 +133,9 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     """
     if "model" in saved and "norm_groups" in wanted.get("model", {}):  # once it was always 32
         saved = {**saved, "model": {"norm_groups": 32, **saved["model"]}}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    new = {name: defaults[name] for name in wanted["train"].keys() & defaults.keys()}
+    saved = {**saved, "train": {**new, **saved["train"]}}  # of before there was such a field
     free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
     if wanted["train"].get("cosine_decay"):
         free.remove("train.num_updates")
