@@ -52,6 +52,7 @@ from ddim_jax.sampling import (
     ddpm,
     decode_stochastic,
     dequantise,
+    dpm_solver,
     dynamic_threshold,
     encode,
     encode_stochastic,
@@ -76,6 +77,7 @@ from ddim_jax.sampling import (
     start_from,
     step_errors,
     trajectory,
+    unipc,
     variational_bound,
     watch,
 )
@@ -118,6 +120,7 @@ __all__ = [
     "ddpm",
     "decode_stochastic",
     "dequantise",
+    "dpm_solver",
     "dynamic_threshold",
     "encode",
     "encode_stochastic",
@@ -163,6 +166,7 @@ __all__ = [
     "timesteps",
     "to_x0_eps",
     "trajectory",
+    "unipc",
     "variational_bound",
     "watch",
 ]

@@ -28,7 +28,7 @@ def classifier_free(
     unconditional: Denoiser,
     scale: ArrayLike,
     *,
-    interval: tuple[int, int] | None = None,
+    interval: Array | np.ndarray | tuple[int, int] | None = None,
     rescale: ArrayLike = 0.0,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, Eq. 6, with w there equal to w − 1 here).
@@ -42,8 +42,9 @@ def classifier_free(
       conditional: ε(x, t | y).
       unconditional: ε(x, t).
       scale: w, a finite scalar or (B,), may be traced.
-      interval: (lo, hi): guide where lo ≤ t ≤ hi only, and elsewhere take w = 1 (Kynkäänniemi
-        et al. 2024). Both denoisers are called all the same.
+      interval: (lo, hi) in t of 1..T, may be traced: guide where lo ≤ t ≤ hi only, and elsewhere
+        take w = 1 (Kynkäänniemi et al. 2024, whose σ is √((1 − ᾱ_t)/ᾱ_t)). Both are called
+        all the same: a scan has one body, and a branch there would compile the network twice.
       rescale: φ in [0, 1], a scalar or (B,), may be traced: the output is given back that share of
         the contrast that guidance changed, ε ← (1 − φ + φ std ε(x, t | y)/std ε) ε with std over
         the pixels of one image (Lin et al. 2023, §3.4, where 0.7 is chosen). Of the output itself:
@@ -76,7 +77,7 @@ def classifier_free_labels(
     null_label: ArrayLike,
     scale: ArrayLike,
     *,
-    interval: tuple[int, int] | None = None,
+    interval: Array | np.ndarray | tuple[int, int] | None = None,
     rescale: ArrayLike = 0.0,
 ) -> Denoiser:
     """`classifier_free` for one network that takes labels, in one call of twice the batch.
@@ -222,14 +223,16 @@ def classifier(
 
 
 def _scale_at(
-    scale: ArrayLike, interval: tuple[int, int] | None
+    scale: ArrayLike, interval: Array | np.ndarray | tuple[int, int] | None
 ) -> Callable[[Array, Array], Array]:
     """(x, t) → w, shaped to multiply x, and 1 outside the interval."""
     if is_concrete(scale) and not np.isfinite(np.asarray(scale)).all():
         raise ValueError(f"scale must be finite, got {scale}")
     if jnp.ndim(scale) > 1:
         raise ValueError(f"scale must be a scalar or (B,), got shape {jnp.shape(scale)}")
-    if interval is not None and not interval[0] <= interval[1]:
+    if interval is not None and len(interval) != 2:
+        raise ValueError(f"interval must be (lo, hi), got {interval}")
+    if interval is not None and is_concrete(interval) and not interval[0] <= interval[1]:
         raise ValueError(f"interval must be (lo, hi) with lo <= hi, got {interval}")
 
     def weight(x: Array, t: Array) -> Array:
@@ -237,7 +240,8 @@ def _scale_at(
             raise ValueError(f"scale is for {jnp.shape(scale)} images, x has {x.shape[:1]}")
         w = jnp.broadcast_to(jnp.asarray(scale).astype(x.dtype), x.shape[:1])
         if interval is not None:
-            w = jnp.where((interval[0] <= t) & (t <= interval[1]), w, 1)
+            low, high = jnp.asarray(interval).astype(t.dtype)
+            w = jnp.where((low <= t) & (t <= high), w, 1)
         return per_image(w, x)
 
     return weight
