@@ -33,14 +33,14 @@ FINE = "adams-bashforth-3"
 EVERY = ["ddim", "adams-bashforth-2", "adams-bashforth-3", "adams-bashforth-4", "dpm-solver-2",
          "dpm-solver-3", "unipc-2", "unipc-3", "pf-euler"]  # fmt: skip
 SMALL = {"method": EVERY, "tau": list(TAUS), "steps": [5, 8, 10, 15, 20, 50],
-         "num_images": ["150"], "fine_samples": 64, "fine_steps": 0, "refine": [5], "sweeps": 2,
+         "num_images": ["150"], "fine_samples": 64, "fine_steps": 1000, "refine": [5], "sweeps": 2,
          "rms_only": False, "oracle": False}  # fmt: skip
 FULL = {"num_images": ["50000"], "fine_samples": 512, "refine": [5, 8, 10], "sweeps": 5}
 HELP = {
     "method": "rows: names of `ddim_jax.METHODS` that add no noise, or module:function",
     "tau": f"columns of each: {', '.join(TAUS)}",
     "fine_samples": "latents whose fine solution is computed, to choose τ and to judge",
-    "fine_steps": "calls of the fine solution, along a quadratic τ; 0 takes all of τ = 1..T",
+    "fine_steps": "calls of the fine solution; fewer than T are along a quadratic τ",
     "refine": "S whose τ is refined on whole runs of each method",
     "sweeps": "of refine_timesteps",
     "rms_only": "no Fréchet distances: the error to the ODE alone",
@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     figure = drawing.lines(series, "network calls S", "RMS error to the fine solution")
     caption = (
         f"RMS over pixels and {args.fine_samples} latents of the difference to {FINE} along "
-        f"{f'{args.fine_steps} quadratic τ' if args.fine_steps else 'τ = 1..T'}, pixels in "
-        "[−1, 1], each method on its best τ; bars are one standard error."
+        f"{len(bench.everything)} of T steps, pixels in [−1, 1], each method on its best τ; bars "
+        "are one standard error."
     )
     more: Cell = {"best": list(best.values())}
     if not args.rms_only:
@@ -109,9 +109,9 @@ def _check(experiment: Experiment) -> None:
             raise ValueError(f"--{name} must not name a value twice, got {getattr(args, name)}")
     if args.tau == ["refined"] and (lacking := sorted(set(args.steps) - set(args.refine))):
         raise ValueError(f"--tau refined alone needs --refine to name every S, not {lacking}")
-    if args.fine_steps and args.fine_steps <= max(args.steps):
-        raise ValueError(f"--fine-steps must be above every S, here {max(args.steps)}, or 0 for "
-                         f"all of T, got {args.fine_steps}")  # fmt: skip
+    if args.fine_steps <= max(args.steps):
+        raise ValueError(f"--fine-steps must be above every S, here {max(args.steps)}, got "
+                         f"{args.fine_steps}")  # fmt: skip
     least = min(experiment.num_images(s) for s in args.steps)
     if not 2 <= args.fine_samples <= least:
         raise ValueError(f"--fine-samples must be in 2..{least}, the least of --num-images, got "
@@ -131,8 +131,9 @@ class _Bench:
     def __init__(self, experiment: Experiment):
         self.experiment, self.model = experiment, experiment.model
         self.schedule = self.model.schedule
-        T, fine = self.schedule.num_steps, experiment.args.fine_steps
-        self.everything = ddim.timesteps(T, fine or T, "quadratic" if fine else "linear")
+        T = self.schedule.num_steps
+        fine = min(experiment.args.fine_steps, T)
+        self.everything = ddim.timesteps(T, fine, "linear" if fine == T else "quadratic")
         self.sampler = ddim.make_sampler(self.model, self.everything)
         self.fine = functools.cache(
             lambda which: self.solve(FINE, self.latents(which), self.everything)

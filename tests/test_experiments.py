@@ -384,6 +384,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, words, m
         (table2.main, "--exact-samples 1", "--exact-samples must be at least 2"),
         (table2.main, "--num-images 5000", "digits has 1797 images, 5000 were asked for"),
         (solvers.main, "--oracle --model digits", "--oracle stands in place of a network"),
+        (solvers.main, "--fine-steps 50", "--fine-steps must be above every S, here 50, got 50"),
         (solvers.main, "--fine-samples 200", "in 2..150, the least of --num-images, got 200"),
         (solvers.main, "--method heun", "unknown method 'heun'"),
         (solvers.main, "--method dpm-solver-sde", "dpm-solver-sde adds noise"),
