@@ -365,3 +365,44 @@ def test_real_data(name, shape, size, mean, std):
         per_image = moment.mean((1, 2))
         standard_error = per_image.std(0) / len(chosen) ** 0.5
         assert (np.abs(per_image.mean(0) - published) < 4 * standard_error).all()
+
+
+@pytest.mark.parametrize(("holdout", "number"), [(0.25, 15), (7, 7), (1, 1), (59, 59)])
+def test_what_is_held_out_is_kept_apart(holdout, number):
+    whole = indexed(60)
+    kept = data.hold_out(whole, holdout)
+    parts = [part.arrays()["label"] for part in (kept, kept.held_out)]
+    assert (len(kept), len(kept.held_out)) == (60 - number, number)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(60))
+    assert all((np.diff(part) > 0).all() for part in parts)
+    seen = draw(data.batches(kept, 16, seed=1), 20)  # several epochs
+    assert not set(seen) & set(parts[1])
+    assert kept.held_out.held_out is None
+    facts = [whole.provenance, kept.provenance, kept.held_out.provenance]
+    assert len({json.dumps(fact) for fact in facts}) == 3
+
+
+def test_what_is_held_out_stays_so_in_other_versions_and_grows():
+    """Written down: the images that an old run has not seen must be those that are held out now."""
+    images = indexed(1000)
+    held = {n: set(data.hold_out(images, n).held_out.arrays()["label"]) for n in (5, 50, 500)}
+    assert held[5] < held[50] < held[500]
+    assert sorted(held[5]) == [196, 472, 558, 963, 992]
+    spread = np.histogram(list(held[500]), 10, (0, 1000))[0]
+    assert (abs(spread - 50) < 4 * (1000 * 0.05 * 0.5) ** 0.5).all()  # 4 standard errors of each
+
+
+@pytest.mark.parametrize("holdout", [-1, 1.5, float("nan"), float("inf"), 60, 61, 0.001, 0.999])
+def test_a_part_that_cannot_be_held_out(holdout):
+    with pytest.raises(ValueError, match="holdout"):
+        data.hold_out(indexed(60), holdout)
+
+
+def test_nothing_is_held_out_twice_or_where_images_are_replaced():
+    whole = indexed(60)
+    assert data.hold_out(whole, 0) is whole
+    with pytest.raises(ValueError, match="has a part held out already"):
+        data.hold_out(data.hold_out(whole, 3).held_out, 1)
+    skipping = dataclasses.replace(whole, provenance={"on_corrupt": "skip"})
+    with pytest.raises(ValueError, match="holdout is to keep apart"):
+        data.hold_out(skipping, 3)

@@ -4,97 +4,23 @@ Two kinds of name: ``digits``, scikit-learn's bundled 8×8 digits, needs nothing
 other name is a TFDS image data set prepared in the array_record format, read without TensorFlow.
 """
 
-import dataclasses
 import functools
 import json
-import math
 import os
 import re
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 
 from ddim_jax.arrays import import_name
 from ddim_jax.data import tfds as _tfds
+from ddim_jax.data.dataset import Dataset
 from ddim_jax.data.tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
 from ddim_jax.data.tfds import prepare as prepare
 
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a version begins with a digit: "mnist:3.0.1"
 Transform = Callable[[np.ndarray], np.ndarray]
-Take = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """Random access to the images of one split.
-
-    Attributes:
-      name: as given to `load`.
-      split: as given to `load`.
-      size: the number N of images.
-      image_shape: (H, W, C).
-      num_classes: labels are 0..num_classes−1; None where the data set has none (labels are −1).
-      provenance: JSON-able facts that tell this data set from another.
-      read: int array (n,) of indices in 0..N−1 -> uint8 (n, H, W, C) and int32 (n,).
-      unreadable: index -> reason of each record that `read` had to replace; `read` fills it.
-
-    Example:
-      >>> digits = load("digits")
-      >>> digits.image_shape, len(digits), digits[3]["label"]
-      ((8, 8, 1), 1797, 3)
-    """
-
-    name: str
-    split: str
-    size: int
-    image_shape: tuple[int, int, int]
-    num_classes: int | None
-    provenance: dict[str, Any]
-    read: Take = dataclasses.field(repr=False)
-    unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
-    _warned: set[int] = dataclasses.field(default_factory=set, repr=False)
-
-    @property
-    def skipped(self) -> list[int]:
-        """Indices of the records skipped so far, in order; a warning has named each."""
-        return sorted(self._warned)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        images, labels = self.take(np.array([index])).values()
-        return {"image": images[0], "label": int(labels[0])}
-
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The images at `indices`: {"image": uint8 (n, H, W, C), "label": int32 (n,)}."""
-        if indices.size and not 0 <= indices.min() <= indices.max() < self.size:
-            raise IndexError(f"{self.name} has images 0..{self.size - 1}, got {indices}")
-        images, labels = self.read(indices)
-        self._warn(self.unreadable)
-        return {"image": images, "label": labels}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All N images at once, read by several threads: "image" (N, H, W, C), "label" (N,)."""
-        parts = np.array_split(np.arange(self.size), math.ceil(self.size / 256))
-        with ThreadPoolExecutor() as pool:
-            images, labels = zip(*pool.map(self.read, parts))
-        self._warn(self.unreadable)
-        return {"image": np.concatenate(images), "label": np.concatenate(labels)}
-
-    def _warn(self, unreadable: dict[int, str]) -> None:
-        """Warns once of each record skipped by this process or by one of its workers."""
-        for index, reason in sorted(unreadable.copy().items()):
-            if index not in self._warned:
-                self._warned.add(index)
-                warnings.warn(
-                    f"{self.name} {self.split}: image {index} cannot be read and is replaced by "
-                    f"the next ({reason})",
-                    stacklevel=3,
-                )
 
 
 def load(

@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ddim_jax.data.sets import Dataset
+from ddim_jax.data.dataset import Dataset
 
 GUARD = (
     "worker processes import the main script, which must do its work under "

@@ -26,12 +26,14 @@ class DataConfig:
     crop: tuple[int, int, int, int] | None = None  # first cut out (top, left, height, width)
     resize: int | None = None  # then bring the shorter side to this, and cut out the centre square
     on_corrupt: Literal["stop", "skip"] = "stop"  # a record that cannot be read
+    holdout: float = 0  # images kept apart: a fraction in (0, 1), or their number
 
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-        """The data set, cropped and resized; see `data.load`."""
+        """The data set, cropped and resized, with its `held_out`; see `data.load`."""
         plain = self.crop is self.resize is None
         transform = None if plain else crop_resize(self.crop, self.resize)
-        return data.load(self.name, self.split, data_dir, transform, on_corrupt=self.on_corrupt)
+        whole = data.load(self.name, self.split, data_dir, transform, on_corrupt=self.on_corrupt)
+        return data.hold_out(whole, self.holdout)
 
 
 @dataclasses.dataclass(frozen=True)
