@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "train.num_workers",
     "train.skip_nonfinite",
 )
+INHERITED = {"init"}  # said once, when the run began: a resumed one need not say it again
 ROUNDS_ON_RESUME = ("train.accumulate", "train.fsdp", "model.remat")
 ROUNDED = (
     "from here on the run agrees with the unbroken one up to rounding (and, with another "
@@ -126,7 +127,8 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
       ValueError: a resumed run must keep its configuration, but these differ:
         train.seed: saved 0, now 1
     """
-    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
+    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME, "init.source"}
+    saved = {name: value for name, value in saved.items() if name not in INHERITED - wanted.keys()}
     if wanted["train"].get("cosine_decay"):
         free.remove("train.num_updates")
 
