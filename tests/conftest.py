@@ -11,6 +11,7 @@ import pathlib
 # single operations, is read again, which is five times as fast.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax"))
+os.environ.setdefault("DDIM_JAX_CACHE", os.path.abspath(".cache/data"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import jaxlib

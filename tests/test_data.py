@@ -336,10 +336,15 @@ def test_an_index_outside_the_data_set_is_an_error():
 
 @pytest.mark.parametrize("name", ["", "mnist:", ":3.0.1", "mnist:3", "a/b/c", "../mnist", "a b"])
 def test_what_cannot_be_a_name_is_not_looked_for(name):
-    for use in (data.load, data.prepare):
-        with pytest.raises(ValueError, match="a data set is 'digits' or NAME") as error:
-            use(name)
-        assert str(error.value).endswith(f"got {name!r}")
+    with pytest.raises(ValueError, match="a data set is 'digits', a path") as error:
+        data.prepare(name)
+    assert str(error.value).endswith(f"got {name!r}")
+    path = "/" in name
+    with pytest.raises(
+        FileNotFoundError if path else ValueError,
+        match=f"no file or folder {name}" if path else "a data set is 'digits', a path",
+    ):
+        data.load(name)
 
 
 def test_on_corrupt_is_one_of_two():

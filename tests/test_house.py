@@ -30,6 +30,7 @@ WINGS = [
 NEIGHBOURS = {("data", "pictures"), ("data", "storage"), ("pictures", "storage")}
 NEVER = {("networks", "process")}  # a sampler is given its network as an argument
 DOORS = {
+    "datasets": {"data.hugging_face"},
     "flax": {"networks.unet"},
     "grain": {"data.streams"},
     "huggingface_hub": set(),

@@ -1,14 +1,13 @@
-import io
 import pickle
-import struct
-import zlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax.pictures.images import crop_resize, decode, grid, save_png, to_model, to_uint8
+from ddim_jax.pictures.decoding import decode
+from ddim_jax.pictures.images import crop_resize, grid, save_png, to_model, to_uint8
+from tests.picture_files import deep_png, stored
 
 
 def test_every_pixel_value_survives_the_round_trip():
@@ -139,33 +138,6 @@ DEEP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
 RGB = np.stack([GREY, GREY + 1, 255 - GREY], -1)
 TRIPLE = np.repeat(GREY[..., None], 3, -1)
 OPAQUE, HOLE = np.full((2, 3), 255, np.uint8), np.where(GREY == 40, 254, 255).astype(np.uint8)
-
-
-def stored(pixels, mode, kind="PNG", **options):
-    """The file of a picture whose bytes are those of `pixels`."""
-    content = np.packbits(pixels, axis=1) if mode == "1" else pixels
-    picture = Image.frombytes(mode, pixels.shape[1::-1], content.tobytes())
-    if palette := options.pop("palette", None):
-        picture.putpalette(palette)
-    if turn := options.pop("turn", None):
-        options["exif"] = Image.Exif()
-        options["exif"][0x112] = turn
-    picture.save(file := io.BytesIO(), kind, **options)
-    return file.getvalue()
-
-
-def deep_png(pixels):
-    """A PNG of uint16 (H, W, C), by hand: Pillow writes none of three channels."""
-
-    def chunk(name, content):
-        check = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
-
-    height, width, channels = pixels.shape
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
-    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 PALETTE = [250, 0, 1, 2, 240, 3, 4, 5, 230, 9, 9, 9, 8, 7, 6, 1, 2, 3]

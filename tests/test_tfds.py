@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from ddim_jax import data
+from ddim_jax.data import reader
 from ddim_jax.data import tfds as _tfds
+from ddim_jax.data.reader import Reader
 from ddim_jax.pictures.images import crop_resize
 
 
@@ -57,7 +59,7 @@ def prepared(tmp_path_factory):
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 def test_tfds_images_and_labels(prepared, monkeypatch, cache_bytes):
     modules = set(sys.modules)
-    monkeypatch.setattr(_tfds, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(reader, "CACHE_BYTES", cache_bytes)
     tiny = data.load("tiny_images", data_dir=prepared)
     assert (len(tiny), tiny.image_shape, tiny.num_classes) == (18, (6, 5, 3), 3)
     for _ in range(2):  # decoded, then kept
@@ -88,7 +90,7 @@ class Listed(list):
 
 def test_the_cache_reads_each_record_once_and_workers_get_none_of_it(monkeypatch):
     records = Listed(range(10))
-    read = _tfds.Reader(records, "counted")
+    read = Reader(records, "counted")
     for _ in range(3):
         np.testing.assert_array_equal(read(np.array([3, 1, 4]))[0][:, 0, 0, 0], [3, 1, 4])
     assert sorted(records.reads) == [0, 1, 3, 4]  # 0 for the shape
@@ -99,17 +101,17 @@ def test_the_cache_reads_each_record_once_and_workers_get_none_of_it(monkeypatch
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 def test_a_skipped_record_is_replaced_by_the_next_readable_one(monkeypatch, cache_bytes):
-    monkeypatch.setattr(_tfds, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(reader, "CACHE_BYTES", cache_bytes)
     records = Listed(["bad", 11, "bad", "bad", 14, 15, "bad"])
-    read = _tfds.Reader(records, "counted", skip=True)
+    read = Reader(records, "counted", skip=True)
     for _ in range(2):
         assert read(np.arange(7))[1].tolist() == [11, 11, 14, 14, 14, 15, 11]
     assert read.unreadable == dict.fromkeys([0, 2, 3, 6], "OSError: bad")
     assert sum(isinstance(list.__getitem__(records, i), str) for i in records.reads) == 4
     with pytest.raises(ValueError, match=r"counted: none of its 3 images can be read \(OSError: a"):
-        _tfds.Reader(Listed(["a", "b", "c"]), "counted", skip=True)
+        Reader(Listed(["a", "b", "c"]), "counted", skip=True)
     with pytest.raises(ValueError, match=r"counted: cannot read image 0 \(OSError: a\); restore"):
-        _tfds.Reader(Listed(["a", 1]), "counted")
+        Reader(Listed(["a", 1]), "counted")
 
 
 def test_running_out_of_memory_is_no_damage():
@@ -118,7 +120,7 @@ def test_running_out_of_memory_is_no_damage():
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        _tfds.Reader(Huge(range(3)), "huge", skip=True)
+        Reader(Huge(range(3)), "huge", skip=True)
 
 
 def test_images_of_several_sizes_ask_for_a_transform(prepared):
@@ -372,7 +374,7 @@ def test_16_bit_grey_keeps_its_upper_bits_and_what_has_no_meaning_is_named():
     for pixels in (deep, clear):
         Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
         source.append({"image": file.getvalue(), "label": 0})
-    read = _tfds.Reader(_tfds.Records(source, "deep/1.0.0", 1, 1), "deep")
+    read = Reader(_tfds.Records(source, "deep/1.0.0", 1, 1), "deep")
     np.testing.assert_array_equal(read(np.array([0]))[0][0, ..., 0], deep >> 8)
     with pytest.raises(ValueError, match=r"deep: cannot read image 1 .*transparent in places"):
         read(np.array([1]))

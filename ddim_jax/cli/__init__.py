@@ -27,7 +27,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "data": (
         "ddim_jax.cli.data:data",
-        "List the data sets that are there, or download and prepare one (this needs TensorFlow).",
+        "List data sets, look into one or a folder, or download and prepare one (with TensorFlow).",
     ),
     "sample": (
         "ddim_jax.cli.sample:sample",

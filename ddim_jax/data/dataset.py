@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -156,3 +157,23 @@ def _hash(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def window(split: str, size: int, name: str = "digits") -> slice:
+    """The slice meant by "train", "train[a:b]" or "train[a%:b%]" of `size` images."""
+    match = re.fullmatch(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match:
+        raise ValueError(f"{name} has one split, 'train' or a slice 'train[a:b]', got {split!r}")
+
+    def bound(text: str | None) -> int | None:
+        if text is None:
+            return None
+        at = round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
+        if abs(at) > size:
+            raise ValueError(f"split {split!r} reaches beyond the {size} images of {name}")
+        return at
+
+    window = slice(bound(match[1]), bound(match[2]))
+    if not range(size)[window]:
+        raise ValueError(f"split {split!r} holds none of the {size} images of {name}")
+    return window

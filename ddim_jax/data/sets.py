@@ -1,60 +1,73 @@
-"""Data sets as random access to uint8 images.
+"""Data sets by name: what is bundled, what lies in a file or folder, what TFDS has prepared."""
 
-Two kinds of name: ``digits``, scikit-learn's bundled 8×8 digits, needs nothing but itself; every
-other name is a TFDS image data set prepared in the array_record format, read without TensorFlow.
-"""
-
-import functools
-import json
+import difflib
 import os
+import pathlib
 import re
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from ddim_jax.arrays import import_name
+from ddim_jax.data import hugging_face
 from ddim_jax.data import tfds as _tfds
-from ddim_jax.data.dataset import Dataset
+from ddim_jax.data.dataset import Dataset, window
+from ddim_jax.data.files import Rows, load_file
+from ddim_jax.data.folder import Choices, load_folder
+from ddim_jax.data.reader import Reader, Transform, description, transformed
 from ddim_jax.data.tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
 from ddim_jax.data.tfds import prepare as prepare
 
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a version begins with a digit: "mnist:3.0.1"
-Transform = Callable[[np.ndarray], np.ndarray]
+HUGGING_FACE = "hf:"
+ARRAYS = (".npy", ".npz")
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     split: str = "train",
     data_dir: str | os.PathLike[str] | None = None,
     transform: Transform | None = None,
     *,
     on_corrupt: Literal["stop", "skip"] = "stop",
+    labels: str | None = None,
+    background: str | None = None,
 ) -> Dataset:
-    """Opens an image data set by name; its images are decoded when first asked for.
+    """Opens an image data set; its images are decoded when first asked for.
 
     Args:
-      name: "digits"; "module:function", called with (split, transform), which returns a `Dataset`;
-        or a TFDS data set ("mnist", "cifar10", "lsun/bedroom", "mnist:3.0.1"); of
-        several prepared versions the newest.
+      name: a path, which has a separator, begins with "." or "~", or exists: a folder of pictures,
+        a file .npy or .npz, a folder saved by Hugging Face's datasets; "hf:NAME" by its name there;
+        "digits"; "module:function", called with (split, transform), which returns a `Dataset`; or
+        a TFDS data set ("mnist", "cifar10", "lsun/bedroom", "mnist:3.0.1"), of several prepared
+        versions the newest. What is registered or prepared goes before a path: write "./digits".
       split: a split with an optional slice, as in TFDS: "train", "test", "train[:50%]",
-        "train[1000:]". All 1,797 digits are "train"; they are ordered by writer, so unbiased
-        halves are its even and odd indices rather than "train[:50%]" and "train[50%:]".
+        "train[1000:]". All 1,797 digits are "train", and so are your own files; digits are ordered
+        by writer, so unbiased halves are its even and odd indices.
       data_dir: where TFDS data sets lie; default the variable DDIM_JAX_DATA, else TFDS's own.
       transform: uint8 (H, W, C) -> uint8 (H', W', C'), applied to each image (`crop_resize`), which
-        is decoded by `ddim_jax.pictures.images.decode`.
-      on_corrupt: what a record that cannot be read or decoded does. "stop": a ValueError with its
-        index. "skip": the next readable record, index + 1 mod N and so on, takes its place; a
-        warning names it once, and `Dataset.skipped` lists it.
+        is decoded by `ddim_jax.pictures.decoding.decode`.
+      on_corrupt: what a record that cannot be read or decoded does. "stop": a ValueError that names
+        it. "skip": in a folder or of Hugging Face, it is left out, and a warning lists all; in TFDS
+        the next readable record, index + 1 mod N and so on, takes its place; a warning names it
+        once, and `Dataset.skipped` lists it.
+      labels: of a folder, "folders": its first-level sub-folders, in order, are classes 0, 1, …;
+        of .npy and .npz a .npy of integers (a .npz may have them as "labels"); of Hugging Face the
+        name of a column. Others have labels of their own.
+      background: the colour behind what is transparent in your own pictures, "white" or "#808080";
+        None refuses them.
 
     Returns:
-      A `Dataset`. Its provenance has the parameters of a `transform` that is a dataclass, as
-      `crop_resize` is, the qualified name of another, and `on_corrupt` if it is "skip".
+      A `Dataset`. Its provenance has a digest of your own files' content, the parameters of a
+      `transform` that is a dataclass, as `crop_resize` is, the qualified name of another, and how
+      it was read.
 
     Raises:
+      FileNotFoundError: a path where nothing is.
+      ModuleNotFoundError: Hugging Face's datasets is needed and not installed.
       ValueError: unknown name or split, wrong or empty directory, no images in the data set,
         none that can be read, a transform that does not return uint8 (H, W, C); the message lists
-        what there is and how to prepare what there is not.
+        what there is and how to prepare what there is not, or every file that cannot be used.
 
     Example:
       >>> len(load("digits", "train[:50%]"))
@@ -62,19 +75,89 @@ def load(
     """
     if on_corrupt not in ("stop", "skip"):
         raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
+    choices = Choices(transform, labels, background, on_corrupt == "skip")
+    choices.colour  # noqa: B018  a ValueError if it is none
+    path, name = path_of(name, data_dir), os.fspath(name)
+    if path is not None:
+        return _own_files(path.absolute(), name, split, choices)
+    if name.startswith(HUGGING_FACE):
+        return hugging_face.load_named(name.removeprefix(HUGGING_FACE), split, choices)
+    if labels is not None or background is not None:
+        raise ValueError(f"labels and background are for pictures of your own, {name} has its own")
     if name == "digits":
         return _digits(split, transform)
     if OWN.fullmatch(name):
         return _own(name, split, transform)
+    return _prepared(name, split, data_dir, transform, on_corrupt)
+
+
+def path_of(
+    name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None
+) -> pathlib.Path | None:
+    """The path that a name means, None if it is the name of a data set."""
+    text = os.fspath(name)
+    path = pathlib.Path(text).expanduser()
+    separators = (os.sep, os.altsep or os.sep)
+    if not isinstance(name, str) or text.startswith((".", "~", *separators)):
+        return path
+    if not text or text == "digits" or text.startswith(HUGGING_FACE) or OWN.fullmatch(text):
+        return None
+    if text in available(data_dir):
+        return None
+    if path.exists() or text.lower().endswith(ARRAYS):
+        return path
+    parted = any(separator in text for separator in separators)
+    return path if parted and not _tfds.is_name(text) else None
+
+
+def pictures_at(path: pathlib.Path) -> bool:
+    """Whether a path is a folder to read as pictures."""
+    return path.is_dir() and not (hugging_face.saved_at(path) or _tfds.saved_at(path))
+
+
+def _own_files(path: pathlib.Path, name: str, split: str, choices: Choices) -> Dataset:
+    """What lies at a path."""
+    if not path.exists():
+        near = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, 1)
+        meant = f"; did you mean {path.parent / close[0]}?" if close else ""
+        raise FileNotFoundError(f"there is no file or folder {path}{meant}")
+    if path.is_file():
+        if path.suffix.lower() not in ARRAYS:
+            raise ValueError(
+                f"{path} is one file, and no .npy or .npz: give the folder that holds the "
+                "pictures, and unpack archives first"
+            )
+        if choices.background is not None:
+            raise ValueError(f"background is for pictures with transparency; {path} has none")
+        return load_file(path, name, split, choices.transform, choices.labels)
+    if hugging_face.saved_at(path):
+        return hugging_face.load_saved(path, name, split, choices)
+    if _tfds.saved_at(path):
+        raise ValueError(
+            f"{path} is a data set prepared by TFDS: give its name, and the folder that its own "
+            "lies in as data_dir"
+        )
+    return load_folder(path, name, split, choices)
+
+
+def _prepared(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None,
+    transform: Transform | None,
+    on_corrupt: str,
+) -> Dataset:
+    """What TFDS has prepared."""
     _tfds.check_name(name)
     records = _tfds.records(name, split, _tfds.resolve(data_dir))
     title = f"{records.full_name} {split}"
     if not len(records):
         raise ValueError(f"{title} holds no images")
-    read = _tfds.Reader(records, title, transform, skip=on_corrupt == "skip")
+    read = Reader(records, title, transform, skip=on_corrupt == "skip")
     provenance = {"name": records.full_name, "split": split, "source": "tensorflow_datasets"}
     if transform is not None:
-        provenance["transform"] = _description(transform)
+        provenance["transform"] = description(transform)
     if read.skip:
         provenance["on_corrupt"] = on_corrupt
     return Dataset(
@@ -113,12 +196,12 @@ def _digits(split: str, transform: Transform | None) -> Dataset:
 
     values, labels = load_digits(return_X_y=True)
     images = np.round(values.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
-    window = _window(split, len(images))
+    part = window(split, len(images))
     provenance = {"name": "digits", "split": split, "source": "sklearn.datasets.load_digits"}
-    images, labels = images[window], labels[window].astype(np.int32)
+    images, labels = images[part], labels[part].astype(np.int32)
     if transform:
-        images = np.stack([_tfds.transformed(image, transform) for image in images])
-        provenance["transform"] = _description(transform)
+        images = np.stack([transformed(image, transform) for image in images])
+        provenance["transform"] = description(transform)
     return Dataset(
         name="digits",
         split=split,
@@ -126,42 +209,5 @@ def _digits(split: str, transform: Transform | None) -> Dataset:
         image_shape=images.shape[1:],
         num_classes=10,
         provenance=provenance,
-        read=functools.partial(_rows, images, labels),
+        read=Rows(images, labels, 0).take,
     )
-
-
-def _window(split: str, size: int) -> slice:
-    """The slice meant by "train", "train[a:b]" or "train[a%:b%]" of `size` images."""
-    match = re.fullmatch(r"train(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    if not match:
-        raise ValueError(f"digits has one split, 'train' or a slice 'train[a:b]', got {split!r}")
-
-    def bound(text: str | None) -> int | None:
-        if text is None:
-            return None
-        at = round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)
-        if abs(at) > size:
-            raise ValueError(f"split {split!r} reaches beyond the {size} digits")
-        return at
-
-    window = slice(bound(match[1]), bound(match[2]))
-    if not range(size)[window]:
-        raise ValueError(f"split {split!r} holds none of the {size} digits")
-    return window
-
-
-def _rows(
-    images: np.ndarray, labels: np.ndarray, indices: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    return images[indices], labels[indices]
-
-
-def _description(transform: Transform) -> Any:
-    """What provenance says of a transform: its parameters where it has them, else its name."""
-    kind = type(transform)
-    if fields := getattr(kind, "__dataclass_fields__", None):
-        parameters = {field: getattr(transform, field) for field in fields}
-        described = {"name": f"{kind.__module__}.{kind.__qualname__}", **parameters}
-        return json.loads(json.dumps(described, default=repr))
-    named: Any = transform if hasattr(transform, "__qualname__") else kind
-    return f"{named.__module__}.{named.__qualname__}"

@@ -3,19 +3,16 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ddim_jax.pictures.images import decode
+from ddim_jax.pictures.decoding import decode
 
 DATA_DIR_VARIABLE = "DDIM_JAX_DATA"
-CACHE_BYTES = 2**31  # data sets up to this size are decoded once and then kept in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,89 +34,6 @@ class Records:
         return image, -1 if self.num_classes is None else int(record["label"])
 
 
-class Reader:
-    """Decodes records by index; keeps what it has read where all of it fits in CACHE_BYTES."""
-
-    def __init__(
-        self,
-        records: Records,
-        title: str,
-        transform: Callable[[np.ndarray], np.ndarray] | None = None,
-        skip: bool = False,
-    ) -> None:
-        self.records, self.title, self.transform, self.skip = records, title, transform, skip
-        self.unreadable: dict[int, str] = {}
-        size = len(records)
-        self.shape = self._decode(0)[0].shape
-        self.cache = None
-        if size * math.prod(self.shape) <= CACHE_BYTES:
-            images, labels = np.empty((size, *self.shape), np.uint8), np.empty(size, np.int32)
-            self.cache = images, labels, np.zeros(size, bool)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": None}  # worker processes keep nothing
-
-    def __call__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.cache is None:
-            decoded, numbers = zip(*map(self._checked, indices))
-            return np.stack(decoded), np.array(numbers, np.int32)
-        images, labels, ready = self.cache
-        for index in indices[~ready[indices]]:  # two threads may do the same one: harmless
-            images[index], labels[index] = self._checked(index)
-            ready[index] = True
-        return images[indices], labels[indices]
-
-    def _checked(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self._decode(int(index))
-        if image.shape != self.shape:
-            raise ValueError(
-                f"{self.title}: image 0 is {self.shape} but image {index} is {image.shape}; pass a "
-                "`transform` that crops or resizes to one shape"
-            )
-        return image, label
-
-    def _decode(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self._readable(index)
-        return transformed(image, self.transform), label
-
-    def _readable(self, index: int) -> tuple[np.ndarray, int]:
-        """Record `index` or, where records are skipped, the first after it that can be read."""
-        size = len(self.records)
-        for other in (k % size for k in range(index, index + size)):
-            if other in self.unreadable:
-                continue
-            try:
-                return self.records[other]
-            except MemoryError:
-                raise
-            except Exception as error:
-                detail = re.sub(r" <.* at 0x\w+>", "", str(error)).strip()[:200]
-                reason = f"{type(error).__name__}: {detail}"
-                if not self.skip:
-                    raise ValueError(
-                        f"{self.title}: cannot read image {other} ({reason}); restore the file, "
-                        'or load with on_corrupt="skip"'
-                    ) from error
-                self.unreadable[other] = reason
-        reason = self.unreadable[index]
-        raise ValueError(f"{self.title}: none of its {size} images can be read ({reason})")
-
-
-def transformed(
-    image: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] | None
-) -> np.ndarray:
-    """The image, uint8 (H, W, C), made another by `transform`."""
-    if transform is None:
-        return image
-    made = np.asarray(transform(image))
-    if made.dtype != np.uint8 or made.ndim != 3 or not made.size:
-        raise ValueError(
-            f"transform must return uint8 (H, W, C), got {made.dtype} {made.shape} for an image of "
-            f"{image.shape}"
-        )
-    return made
-
-
 def records(name: str, split: str, data_dir: pathlib.Path) -> Records:
     """Opens a prepared data set; a ValueError tells what there is and how to prepare the rest."""
     import tensorflow_datasets as tfds
@@ -130,7 +44,8 @@ def records(name: str, split: str, data_dir: pathlib.Path) -> Records:
         there = sorted(f"{found}:{home.name}" for found, home in prepared(data_dir))
         raise ValueError(
             f"no data set {name!r}: the directory {data_dir} {reason}. Available: "
-            f"{', '.join(['digits', *there])}. {_how_to_prepare(name, data_dir)}"
+            f"{', '.join(['digits', *there])}. A file or folder {name} is not here either: a path "
+            f"is written ./{name}. {_how_to_prepare(name, data_dir)}"
         )
     readable = [home for home, kind in homes.items() if kind == "array_record"]
     if not readable:
@@ -224,12 +139,23 @@ def resolve(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     return pathlib.Path(named or "~/tensorflow_datasets").expanduser()
 
 
+def saved_at(folder: pathlib.Path) -> bool:
+    """Whether a folder is one version of a prepared data set."""
+    return (folder / "dataset_info.json").exists() and (folder / "features.json").exists()
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` can be one of TFDS."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.=-]+)?(:\d+\.\d+\.\d+)?", name))
+
+
 def check_name(name: str) -> None:
     """A ValueError where `name` cannot be one."""
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.=-]+)?(:\d+\.\d+\.\d+)?", name):
+    if not is_name(name):
         raise ValueError(
-            "a data set is 'digits' or NAME, NAME/CONFIG, NAME:VERSION as in TFDS ('mnist', "
-            f"'lsun/bedroom', 'mnist:3.0.1'), got {name!r}"
+            "a data set is 'digits', a path ('./pictures', 'images.npz'), hf:NAME, or NAME, "
+            "NAME/CONFIG, NAME:VERSION as in TFDS ('mnist', 'lsun/bedroom', 'mnist:3.0.1'), got "
+            f"{name!r}"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ddim_jax.storage.files import write_whole
 
@@ -60,68 +60,6 @@ def to_uint8(x: jax.Array | np.ndarray) -> jax.Array:
     if not isinstance(x, jax.core.Tracer) and not jnp.isfinite(x).all():
         raise ValueError("to_uint8 wants finite values, got NaN or infinity: they are no pixels")
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
-
-
-def decode(content: bytes, channels: int | None = None) -> np.ndarray:
-    """The pixels of a picture file, as Pillow reads it; what has no one meaning is refused.
-
-    * Grey of 1, 2, 4, 8 or 16 bits a pixel spans 0..255; of 16 bits v the upper eight, v >> 8.
-    * Palettes are looked up. CMYK, without its profile, is (255 − C) (255 − K) / 255 and so on.
-    * Transparency that hides nothing, 255 everywhere, is left out.
-    * The orientation that a camera noted (EXIF) is applied: pictures are as viewers show them.
-    * Of several frames it is the first; colour profiles are not applied.
-
-    Args:
-      content: of the file, in any format that Pillow knows.
-      channels: 1 or 3, or None where the file decides: 1 if it is grey.
-
-    Returns:
-      uint8 (H, W, channels); grey as three channels has it three times.
-
-    Raises:
-      ValueError: no picture (OSError where it is cut short); a pixel that is not opaque; values
-        without a range (32-bit integers and floats) or of another kind (LAB); or colour where one
-        channel is wanted.
-
-    Example:
-      >>> file = io.BytesIO()
-      >>> Image.fromarray(np.array([[0, 65535]], np.uint16)).save(file, "PNG")
-      >>> decode(file.getvalue()).tolist()
-      [[[0], [255]]]
-    """
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1, 3 or None, got {channels}")
-    with Image.open(io.BytesIO(content)) as file:
-        sixteen = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PNG")
-        picture, clear = ImageOps.exif_transpose(file), file.info.get("transparency")
-    opaque = True
-    if sixteen:  # Pillow 10 calls it I; its own conversion to 8 bits clips at 255
-        values = np.asarray(picture)
-        opaque = clear is None or not (values == clear).any()
-        picture = Image.fromarray((values >> 8).astype(np.uint8))
-    elif picture.mode in ("P", "PA") or clear is not None:
-        picture = picture.convert("LA" if picture.mode in ("1", "L") else "RGBA")
-    if picture.mode in ("LA", "RGBA", "RGBa"):
-        opaque = picture.getchannel(picture.mode[-1]).getextrema() == (255, 255)
-        picture = picture.convert(picture.mode[:-1])
-    if not opaque:
-        raise ValueError(
-            "the picture is transparent in places, and what is behind it is not for a reader to "
-            "choose: put it on a background and store it without transparency"
-        )
-    grey = picture.mode in ("1", "L")
-    if not grey and picture.mode not in ("RGB", "RGBX", "CMYK", "YCbCr"):
-        raise ValueError(
-            f"the picture has pixels of kind {picture.mode!r}, which have no one meaning in "
-            "0..255: store it as 8-bit grey or RGB, or as 16-bit grey"
-        )
-    pixels = np.asarray(picture.convert("L" if grey else "RGB"))
-    pixels = pixels[..., None] if grey else pixels
-    if channels == 1 and not grey:
-        if (pixels != pixels[..., :1]).any():
-            raise ValueError("the picture has colours where one channel of grey is wanted")
-        pixels = pixels[..., :1]
-    return np.repeat(pixels, 3, -1) if grey and channels == 3 else pixels
 
 
 @dataclasses.dataclass(frozen=True)

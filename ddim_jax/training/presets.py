@@ -21,18 +21,28 @@ from ddim_jax.training.step import TrainConfig
 class DataConfig:
     """The images to learn from."""
 
-    name: str = "digits"  # "digits", a data set that TFDS has prepared, or module:function
+    name: str = "digits"  # "digits", a path, hf:NAME, what TFDS has prepared, or module:function
     split: str = "train"
     crop: tuple[int, int, int, int] | None = None  # first cut out (top, left, height, width)
     resize: int | None = None  # then bring the shorter side to this, and cut out the centre square
     on_corrupt: Literal["stop", "skip"] = "stop"  # a record that cannot be read
+    labels: str | None = None  # "folders", a .npy beside .npy or .npz, a column of Hugging Face
+    background: str | None = None  # the colour behind what is transparent, which is refused else
     holdout: float = 0  # images kept apart: a fraction in (0, 1), or their number
 
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         """The data set, cropped and resized, with its `held_out`; see `data.load`."""
         plain = self.crop is self.resize is None
         transform = None if plain else crop_resize(self.crop, self.resize)
-        whole = data.load(self.name, self.split, data_dir, transform, on_corrupt=self.on_corrupt)
+        whole = data.load(
+            self.name,
+            self.split,
+            data_dir,
+            transform,
+            on_corrupt=self.on_corrupt,
+            labels=self.labels,
+            background=self.background,
+        )
         return data.hold_out(whole, self.holdout)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ddim_jax.data import Dataset, check_main_guard
+from ddim_jax.data import Dataset, changes, check_main_guard
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import (
     CheckpointError,
@@ -137,6 +137,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         return differences(*both)
 
     if differ := among(lambda name: name not in free):
+        differ += changes(saved.get("data", {}), wanted.get("data", {}))
         raise ValueError(
             "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
         )
