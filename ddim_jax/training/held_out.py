@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,7 +14,6 @@ from jax.sharding import Mesh
 from ddim_jax.data import Dataset, batches
 from ddim_jax.pictures.images import to_model
 from ddim_jax.process.objective import loss
-from ddim_jax.process.prediction import predicts
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.training import parallel
 from ddim_jax.training.step import ApplyFn, Batch, Params, TrainConfig, TrainState
@@ -35,7 +35,8 @@ def make_held_out(
     weights change from one call to the next. Nothing is flipped, dropped out or unlabelled.
 
     Args:
-      apply_fn, schedule, config, num_classes, mesh: as `make_train_step` takes them.
+      apply_fn, schedule, config, num_classes, mesh: as `make_train_step` takes them; apply_fn says
+        what it predicts.
       dataset: the held-out images; at most `MOST_BATCHES` batches of them are used, a last one
         is filled up from the first.
 
@@ -57,12 +58,8 @@ def make_held_out(
     @jax.jit
     def batch_loss(params: Params, batch: Batch, number: jax.Array) -> jax.Array:
         labels = {} if num_classes is None else {"labels": batch["label"]}
-
-        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-            return apply_fn(params, x, t, None, **labels)
-
-        named = predicts(denoise, config.prediction)
-        return loss(named, schedule, to_model(batch["image"]), jax.random.fold_in(key, number))
+        denoise = partial(apply_fn, params, **labels)
+        return loss(denoise, schedule, to_model(batch["image"]), jax.random.fold_in(key, number))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         sums = np.zeros(2)

@@ -81,7 +81,8 @@ def check_run(
         check_main_guard()
     if num_classes not in (None, dataset.num_classes):
         raise ValueError(
-            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
+            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}: "
+            f"set num_classes={dataset.num_classes}, or None to learn without classes"
         )
     mesh = parallel.make_mesh(config.fsdp)
     if config.batch_size % (mesh.size * config.accumulate):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.process.schedule import Schedule, ScheduleConfig
+from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import CheckpointError, restore_config, saved_steps
 from ddim_jax.storage.files import portable
 from ddim_jax.training.presets import Preset
