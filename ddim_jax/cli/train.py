@@ -22,7 +22,7 @@ from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import PRESETS, Fitted, Preset
 from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import read_metrics
-from ddim_jax.training.starting import Start, facts_of_run, follow, start_from
+from ddim_jax.training.starting import Start, check_same_start, facts_of_run, follow, start_from
 from ddim_jax.training.watching import PROJECT, check_wandb
 from ddim_jax.weights import Model, to_facts
 
@@ -87,7 +87,10 @@ def train(
         preset = _fitted(preset, given, dataset, saved, network=origin is None)
     if dataset:
         _check_shape(dataset, preset, init)
-    start = _tuned(preset, model, init) if model and init else None
+    start = None
+    if model and init:
+        start = _tuned(preset, model, init)
+        check_same_start(saved, start.facts, str(out))
     facts = {
         "preset": preset.name,
         **(start.facts if start else to_facts(preset.schedule, preset.model)),

@@ -82,7 +82,7 @@ def start_from(
 
     return Start(
         make_apply(config),
-        with_classes(params, own.num_classes, config.num_classes),
+        jax.device_put(with_classes(params, own.num_classes, config.num_classes)),
         schedule.build(),
         {**to_facts(schedule, config, model.prediction.kind), "init": init},
     )
@@ -174,6 +174,29 @@ def follow(
         model=joined("model", network, preset.model, FREE),
         schedule=joined("schedule", schedule, preset.schedule),
         train=train,
+    )
+
+
+def check_same_start(saved: Mapping[str, Any], facts: Mapping[str, Any], run: str) -> None:
+    """Raises ValueError where a run that is resumed was begun from other weights.
+
+    Args:
+      saved: the configuration of the run, {} where there is none.
+      facts: of the `Start`.
+      run: its name.
+
+    Example:
+      >>> check_same_start({"train": {}}, {"init": {"source": "a", "sha256": "00"}}, "runs/b")
+      Traceback (most recent call last):
+      ValueError: runs/b was begun from no model, not from a: go on without --init
+    """
+    began, asked = saved.get("init"), facts["init"]
+    if not saved or (began and began["sha256"] == asked["sha256"]):
+        return
+    name = f"{began['source']} ({began['sha256'][:12]}…)" if began else "no model"
+    also = f" ({asked['sha256'][:12]}…)" if began else ""
+    raise ValueError(
+        f"{run} was begun from {name}, not from {asked['source']}{also}: go on without --init"
     )
 
 
