@@ -32,7 +32,7 @@ def test_a_gpu_gets_the_papers_network_and_a_cpu_a_small_one():
     assert dataclasses.replace(large, dtype="float32", remat=False) == lsun256().model
     small = fit_preset(images(), (), (32, 32, 3), "cpu")
     assert count_params(abstract_params(small.model)) == 761_667
-    assert (small.train.batch_size, small.train.num_updates) == (16, 4000)
+    assert (small.train.batch_size, small.train.num_updates) == (16, 3000)
 
 
 def test_what_is_given_stays():

@@ -41,6 +41,7 @@ DOORS = {
     "sklearn": {"data.sets"},
     "tensorboardX": {"training.run_folder"},
     "tensorflow_datasets": {"data.tfds"},
+    "wandb": {"training.watching"},
 }
 
 

@@ -38,7 +38,7 @@ NETWORKS: dict[bool, dict[int, dict[str, Any]]] = {  # of a CPU or not → of a 
 }
 TRAINING: dict[bool, dict[int, dict[str, Any]]] = {
     True: {
-        32: {"batch_size": 16, "num_updates": 4000},
+        32: {"batch_size": 16, "num_updates": 3000},
         64: {"batch_size": 8, "num_updates": 4000},
         128: {"batch_size": 4, "num_updates": 4000},
         256: {"batch_size": 2, "num_updates": 4000},

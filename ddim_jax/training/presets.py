@@ -195,8 +195,8 @@ def images() -> Fitted:
     paper's network for the size (32, 64, 256; 128 between). What was chosen is said at the start,
     how long it takes after the first minute; any field may be given instead. Images are mirrored at
     random: --train.no-flip where left and right differ (text, digits). Score on 2,000 images of
-    CIFAR-10 with the 4,200 updates of a quarter of an hour on 2 idle CPU cores (run on one H100):
-    colours and shapes, FD-ResNet56 of 2,000 samples 15.1 at S = 50, η = 0.
+    CIFAR-10 with the 3,200 updates of 15 minutes on 2 idle CPU cores (the updates run on one H100):
+    colours and shapes, FD-ResNet56 of 2,000 samples 16.5 at S = 50, η = 0.
     """
     return Fitted(
         "images",

@@ -26,6 +26,8 @@ def check_wandb(directory: pathlib.Path, project: str) -> None:
       ModuleNotFoundError: wandb is not installed.
       ValueError: no project's name, or the run is watched in another.
     """
+    if not project or set(project) & set("/\\#?%:"):
+        raise ValueError(f"no name for a W&B project: {project!r}: it has none of / \\ # ? % :")
     try:
         import wandb as wandb
     except ModuleNotFoundError as error:
@@ -33,8 +35,6 @@ def check_wandb(directory: pathlib.Path, project: str) -> None:
             "--wandb (wandb=...) needs the package wandb: pip install 'wandb>=0.17', or in a "
             "checkout pip install '.[wandb]'"
         ) from error
-    if not project or set(project) & set("/\\#?%:"):
-        raise ValueError(f"no name for a W&B project: {project!r}; /, \\, #, ?, % and : are not")
     known = _identity(directory)
     if known and known["project"] != project:
         raise ValueError(
