@@ -220,11 +220,16 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def four_and_five(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("whole"), steps=(4, 5))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_and_the_other_steps_still_restore(tmp_path, damage):
-    write(tmp_path, steps=(4, 5))
+def test_damage_is_named_and_the_other_steps_still_restore(tmp_path, four_and_five, damage):
+    shutil.copytree(four_and_five, tmp_path, dirs_exist_ok=True)
     DAMAGE[damage](tmp_path / "5")
     with pytest.raises(CheckpointError, match="damaged.*; other steps saved beside it: 4") as error:
         restore(tmp_path, make_state())

@@ -36,7 +36,15 @@ from tests.tiny import (
     assert_same,
     make_config,
     make_dataset,
+    shared_train_step,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", shared_train_step)
+        yield
 
 
 def train(directory, config=None, **options):
@@ -170,10 +178,10 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
         train(tmp_path, dataset=other, resume="must")
 
 
-def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path):
+def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path, one_device):
     facts = to_facts(TEN, OBLONG)
     learns_v = make_config(num_updates=1, prediction="v")
-    oblong(tmp_path, facts=facts, train=learns_v)
+    oblong(tmp_path, facts=facts)
     model = load_model(tmp_path)
     assert model.prediction.kind == "v"
     x_T = ddim.initial_noise(jax.random.key(0), 2, model.image_shape)
@@ -231,7 +239,7 @@ def oblong(
         *build(config, jax.random.key(0)),
         schedule.build(),
         dataset,
-        train or make_config(num_updates=1),
+        train or make_config(num_updates=1, prediction="v"),
         directory,
         facts=facts,
         progress=False,
@@ -239,7 +247,7 @@ def oblong(
     )
 
 
-def test_a_run_on_oblong_images_is_read_as_such(tmp_path):
+def test_a_run_on_oblong_images_is_read_as_such(tmp_path, one_device):
     said = []
     state = oblong(tmp_path, facts=to_facts(TEN, OBLONG), say=said.append)
     model = load_model(tmp_path)
@@ -249,7 +257,7 @@ def test_a_run_on_oblong_images_is_read_as_such(tmp_path):
     assert said == []
 
 
-def test_what_load_model_would_miss_is_said_at_the_start(tmp_path):
+def test_what_load_model_would_miss_is_said_at_the_start(tmp_path, one_device):
     said = []
     state = train(tmp_path / "own", make_config(num_updates=1), facts=None, say=said.append)
     assert "will not read this run" in said[0]

@@ -64,7 +64,7 @@ def enormous():
 
 JPEG, GREY_JPEG = (stored(x, m, "JPEG") for x, m in ((RGB, "RGB"), (GREY, "L")))
 CMYK_JPEG = stored(CMYK, "CMYK", "JPEG")
-GIF = several("GIF")
+GIF, MPO = several("GIF"), several("MPO")
 READ = {  # path -> content, its pixels
     "grey.png": (stored(GREY, "L"), GREY),
     "colour.png": (stored(RGB, "RGB"), RGB),
@@ -94,6 +94,7 @@ READ = {  # path -> content, its pixels
     "animated.gif": (GIF, pillow(GIF)),
     "animated.webp": (several("WEBP", lossless=True), RGB),
     "animated.png": (several("PNG"), RGB),
+    "several.jpg": (MPO, pillow(MPO)),
     "pages.tif": (several("TIFF"), RGB),
     "a jpeg by another name.png": (JPEG, pillow(JPEG)),
     "a/deep er/one.png": (stored(RGB, "RGB"), RGB),

@@ -142,7 +142,7 @@ def test_a_part_of_each_layout_is_held_out(home, digits, kind):
     assert rows[0] == rows[1]
 
 
-def test_hugging_face_gives_the_same_batches(home, digits, tmp_path):
+def test_hugging_face_gives_the_same_batches(digits, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     images, labels = digits
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(10)}
@@ -164,6 +164,12 @@ def test_hugging_face_gives_the_same_batches(home, digits, tmp_path):
     assert len(data.load(tmp_path / "two", "test[:5]")) == 5
     assert dataset.provenance["digest"] == data.load(tmp_path / "one").provenance["digest"]
     assert "images of 8×8×1" in data.inspect(tmp_path / "one")[0]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or table)
+    named = data.load("hf:user/few:all", "train")
+    assert asked == [(("user/few", "all"), {"split": "train"})]
+    assert named.provenance["name"] == "hf:user/few:all"
+    np.testing.assert_array_equal(first(named)[0], wanted[0])
     with pytest.raises(ValueError, match="has the splits train, test, got 'dev'"):
         data.load(tmp_path / "two", "dev")
     with pytest.raises(ValueError, match="no column 'kind'; it has image, label"):
@@ -258,6 +264,25 @@ def test_a_second_start_reads_only_what_has_changed(pictures, cache, monkeypatch
         kept.write_text("{")  # damaged: found anew
     assert data.load(pictures).provenance == changed.provenance
     assert len(looked) == 22
+
+
+def test_a_stopped_start_goes_on(pictures, monkeypatch):
+    looked, last = [], (pictures / "9.png").read_bytes()
+    examine = index.examine
+
+    def look(content):
+        looked.append(content)
+        if content == last and looked.count(last) == 1:
+            raise KeyboardInterrupt
+        return examine(content)
+
+    monkeypatch.setattr(index, "BLOCK", 4)
+    monkeypatch.setattr(index, "CHUNK", 1)
+    monkeypatch.setattr(index, "examine", look)
+    with pytest.raises(KeyboardInterrupt):
+        data.load(pictures)
+    assert len(data.load(pictures)) == 10
+    assert len(looked) == 10 + 2  # eight were kept
 
 
 def test_what_could_not_be_read_is_tried_again(pictures, monkeypatch):
@@ -364,7 +389,7 @@ def cut_array():
         ("a.npz", {"x": GOOD, "labels": np.zeros(5)}, {}, "must be 5 integers.*float64"),
         ("a.npz", {"x": GOOD, "labels": np.arange(5) - 1}, {}, r"0, 1, 2, …, got -1..3"),
         ("a.npy", GOOD, {"labels": "folders"}, "are a file .npy with an integer for each image"),
-        ("a.npy", GOOD, {"background": "white"}, "background is for pictures"),
+        ("a.npy", GOOD, {"background": "white"}, "background and channels are for picture"),
         ("a.npy", GOOD, {"split": "test"}, "has one split, 'train'"),
         ("a.npy", GOOD, {"split": "train[7:]"}, "reaches beyond the 5 images"),
         ("a.zip", b"PK", {}, "is one file, and no .npy or .npz: give the folder"),
@@ -383,6 +408,7 @@ def test_bad_files(tmp_path, name, content, options, message):
         ({"background": "whitish"}, "a background is an opaque colour .*got 'whitish'"),
         ({"background": "#ffffff80"}, "a background is an opaque colour"),
         ({"split": "validation"}, "has one split, 'train' or a slice"),
+        ({"channels": 2}, "channels must be 1, 3 or None, got 2"),
         ({"on_corrupt": "ignore"}, "on_corrupt must be"),
         ({"transform": crop_resize((2, 2, 3, 2), None)}, "too small for the crop"),
     ],
@@ -425,6 +451,33 @@ def test_a_bare_name_says_what_there_is_and_how_a_path_is_given():
             data.load(name, labels="folders")
     with pytest.raises(ValueError, match="hf:NAME or hf:NAME:CONFIG, got 'hf:a b'"):
         data.load("hf:a b")
+
+
+def test_grey_is_read_as_colour_by_choice_and_colour_as_grey_where_it_has_none(pictures):
+    grey = data.load(pictures).arrays()["image"]
+    np.testing.assert_array_equal(
+        data.load(pictures, channels=3).arrays()["image"], np.repeat(grey, 3, -1)
+    )
+    Image.fromarray(np.repeat(grey[0], 3, -1)).save(pictures / "triple.png")
+    assert data.load(pictures).image_shape == (4, 4, 3)
+    np.testing.assert_array_equal(
+        data.load(pictures, channels=1).arrays()["image"], np.concatenate([grey, grey[:1]])
+    )
+    assert "none has colours: --data.channels 1" in data.inspect(pictures)[0]
+    draw(pictures / "z.png", 0, (4, 4, 3))
+    assert "none has colours" not in data.inspect(pictures)[0]
+    with pytest.raises(ValueError, match=r"1 of 12 files(.|\n)*z.png: it has colours, where grey"):
+        data.load(pictures, channels=1)
+
+
+def test_grey_on_grey_stays_grey_and_on_colour_becomes_colour(tmp_path):
+    (tmp_path / "clear").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 2), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "clear" / "0.png")
+    shapes = {c: data.load(tmp_path / "clear", background=c).image_shape for c in ("#777", "red")}
+    assert shapes == {"#777": (4, 4, 1), "red": (4, 4, 3)}
+    with pytest.raises(ValueError, match="it has colours, where grey is wanted"):
+        data.load(tmp_path / "clear", background="red", channels=1)
 
 
 def test_one_picture_is_a_data_set(tmp_path):

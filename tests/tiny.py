@@ -1,5 +1,7 @@
 """The smallest network, data and configuration that train; and a small U-Net's configuration."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.process.schedule import schedule_from_betas
-from ddim_jax.training.step import TrainConfig
+from ddim_jax.training.step import TrainConfig, make_train_step
 
 SCHEDULE = schedule_from_betas(np.linspace(0.01, 0.3, 10))
 UNET = UNetConfig(
@@ -58,3 +60,17 @@ def assert_same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         np.testing.assert_array_equal(x, y)
+
+
+STEPS = {}
+
+
+def shared_train_step(apply_fn, schedule, config, num_classes=None, mesh=None):
+    """`make_train_step`, traced once for all runs that differ only in what the step never sees."""
+    unseen = {"log_every": 1, "checkpoint_every": 1, "sample_every": 0, "keep": 1}
+    unseen |= {} if config.cosine_decay else {"num_updates": 1}
+    same = dataclasses.replace(config, **unseen)
+    key = (apply_fn, np.asarray(schedule.log_alpha_bar).tobytes(), same, num_classes, mesh)
+    if key not in STEPS:
+        STEPS[key] = make_train_step(apply_fn, schedule, same, num_classes, mesh)
+    return STEPS[key]

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 
-def start(directory, train, **options):
-    """The process, begun; `finish` waits for it."""
-    options = {"directory": str(directory), "train": train, **options}
+def start(directories, train, **options):
+    """The process that trains in each folder in turn, begun; `finish` waits for it."""
+    directories = directories if isinstance(directories, list) else [directories]
+    options = {"directories": list(map(str, directories)), "train": train, **options}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.worker", json.dumps(options)],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -66,7 +67,8 @@ def main(options):
     from ddim_jax.training import parallel
 
     parallel.initialize(*options.get("processes", ()))
-    train(options["directory"], options["train"])
+    for directory in options["directories"]:
+        train(directory, options["train"])
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from ddim_jax.cli.options import check_writable
+from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure
 from ddim_jax.evaluation import parse_extractor, reference_statistics
 from ddim_jax.generation.shards import iter_shards, read_settings
@@ -23,6 +25,8 @@ def evaluate(
     split: str = "train",
     crop: tuple[int, int, int, int] | None = None,
     resize: int | None = None,
+    background: str | None = None,
+    channels: Literal[1, 3] | None = None,
     data_dir: pathlib.Path | None = None,
     extractor: str = "pixels",
     reference: pathlib.Path | None = None,
@@ -32,10 +36,12 @@ def evaluate(
 
     Args:
       images: a folder of `ddim-jax generate`.
-      data: the data set: "digits", or a prepared TFDS data set.
+      data: the data set, by a name or path that --data.name of training takes.
       split: its split.
       crop: what is first cut out of each of its images (top, left, height, width), as in training.
       resize: then bring the shorter side to this, and cut out the centre square.
+      background: behind what is transparent in pictures of your own, as in training.
+      channels: of pictures of your own, as in training.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       extractor: "pixels", "resnet56:FILE" or "inception:FILE"; only the FID weights give a "FID".
       reference: file of the data set's statistics, made if missing; by default beside `images`.
@@ -50,9 +56,13 @@ def evaluate(
             f"got {blocks}"
         )
     shards = iter_shards(images)
-    file = reference or images.resolve().with_name(f"{data.replace('/', '_')}-{split}-{kind}.npz")
+    path = path_of(data, data_dir)
+    name = path.resolve().name if path else data.replace("/", "_")
+    file = reference or images.resolve().with_name(f"{name}-{split}-{kind}.npz")
     check_writable(file)
-    dataset = DataConfig(data, split, crop, resize).load(data_dir)
+    dataset = DataConfig(data, split, crop, resize, background=background, channels=channels).load(
+        data_dir
+    )
     if dataset.image_shape != shape:
         raise ValueError(
             f"{images} holds images {shape}, {data} {dataset.image_shape}: name the data that the "

@@ -59,6 +59,7 @@ class Choices(NamedTuple):
     labels: str | None = None
     background: str | None = None
     skip: bool = False
+    channels: int | None = None
 
     @property
     def colour(self) -> tuple[int, int, int] | None:
@@ -71,16 +72,22 @@ class Choices(NamedTuple):
                 "transparent in places: say what is behind it, --data.background white (background="
                 '"white")'
             )
+        if self.channels == 1 and (kind.coloured or (not kind.opaque and self.ground_is_coloured)):
+            return "it has colours, where grey is wanted (channels = 1)"
         crop = getattr(self.transform, "crop", None)
         if crop and (crop[0] + crop[2] > kind.height or crop[1] + crop[3] > kind.width):
             return f"{kind.height}×{kind.width} is too small for the crop {tuple(crop)}"
         return ""
 
-    def channels(self, kinds: Iterable[Kind]) -> int:
+    @property
+    def ground_is_coloured(self) -> bool:
+        return self.colour is not None and len(set(self.colour)) > 1
+
+    def channels_of(self, kinds: Iterable[Kind]) -> int:
         """1 if all is grey, else 3: grey among colours is read as colour, R = G = B."""
-        coloured = self.colour is not None and len(set(self.colour)) > 1
+        coloured = self.ground_is_coloured
         each = (3 if coloured and not kind.opaque else kind.channels for kind in kinds)
-        return max(each, default=1)
+        return self.channels or max(each, default=1)
 
     def check_sizes(self, kinds: Iterable[Kind], where: str) -> None:
         """A ValueError where pictures of several sizes would not become one."""
@@ -95,6 +102,7 @@ class Choices(NamedTuple):
         """For provenance."""
         given = {
             "background": self.background and list(as_colour(self.background)),
+            "channels": self.channels,
             "transform": self.transform and description(self.transform),
         }
         return {name: value for name, value in given.items() if value is not None}
@@ -137,9 +145,10 @@ def load_folder(folder: pathlib.Path, name: str, split: str, choices: Choices) -
         **choices.facts(),
     }
     if classes:
-        labels = np.array([classes.index(path.split("/")[0]) for path in paths], np.int32)
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = np.array([numbers[path.split("/")[0]] for path in paths], np.int32)
         provenance |= {"labels": "folders", "classes": classes}
-    channels = choices.channels(kinds)
+    channels = choices.channels_of(kinds)
     records = Pictures(Files(folder, paths), paths, labels, channels, choices.colour)
     return dataset_of(records, name, split, choices.transform, len(classes) or None, provenance)
 

@@ -115,7 +115,7 @@ def _opened(table: Any, name: str, split: str, choices: Choices) -> Dataset:
         **choices.facts(),
     }
     rows = [f"row {i}" for i in kept]
-    channels = choices.channels(kinds)
+    channels = choices.channels_of(kinds)
     records = Pictures(content, rows, labels[kept], channels, choices.colour)
     return dataset_of(records, name, split, choices.transform, num_classes, provenance)
 

@@ -28,6 +28,7 @@ SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
 }
 CHUNK = 32  # files that a thread takes at a time
+BLOCK = 50_000  # files after which the index is kept
 
 
 class Entry(NamedTuple):
@@ -86,13 +87,20 @@ def index_folder(folder: pathlib.Path) -> Index:
         else:
             others.append(path)
     found.sort(key=lambda entry: os.fsencode(entry.path))
-    new = [i for i, entry in enumerate(found) if not entry.error and not _same(known, entry)]
-    looked = look(lambda i: (folder / found[i].path).read_bytes(), new, f"looking at {folder}")
-    for i, seen in zip(new, looked):
-        found[i] = found[i]._replace(digest=seen[0], kind=seen[1], error=seen[2])
     entries = [known[entry.path] if _same(known, entry) else entry for entry in found]
+    new = [i for i, entry in enumerate(entries) if not entry.error and not entry.digest]
+
+    def keep() -> None:
+        done = [entry for entry in entries if entry.digest or entry.error]
+        _keep(kept, {"pillow": PIL.__version__, "folder": ascii(folder), "entries": done})
+
+    looked = look(lambda i: (folder / entries[i].path).read_bytes(), new, f"looking at {folder}")
+    for number, (i, seen) in enumerate(zip(new, looked, strict=True), start=1):
+        entries[i] = entries[i]._replace(digest=seen[0], kind=seen[1], error=seen[2])
+        if number % BLOCK == 0:  # a start that is stopped need not begin again
+            keep()
     if entries != list(known.values()):
-        _keep(kept, {"pillow": PIL.__version__, "folder": ascii(folder), "entries": entries})
+        keep()
     return Index(entries, sorted(others, key=os.fsencode), hidden, kept)
 
 
@@ -121,9 +129,12 @@ def look(
         tqdm(total=len(numbers), desc=what, unit="file", delay=3, leave=False) as bar,
     ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for results in pool.map(lambda chunk: [one(number) for number in chunk], chunks):
-            bar.update(len(results))
-            yield from results
+        try:
+            for results in pool.map(lambda chunk: [one(number) for number in chunk], chunks):
+                bar.update(len(results))
+                yield from results
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def content_digest(files: Mapping[str, str]) -> str:

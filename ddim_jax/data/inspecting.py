@@ -74,7 +74,7 @@ def _folder(path: pathlib.Path, name: str, choices: Choices) -> tuple[str, np.nd
     used = [entry for entry in index.entries if entry.path not in refused]
     kinds = [entry.kind for entry in used if entry.kind]
     size = sum(entry.size for entry in used) / 1e6
-    lines = [f"{name}: {len(used):,} pictures, {size:,.1f} MB"]
+    lines = [f"{name}: {len(used):,} pictures, {size:,.3g} MB"]
 
     def line(word: str, text: str) -> None:
         if text:
@@ -84,10 +84,12 @@ def _folder(path: pathlib.Path, name: str, choices: Choices) -> tuple[str, np.nd
         line("sizes", most(sizes_of(kinds)))
         line("formats", most(collections.Counter(kind.format for kind in kinds)))
         line("pixels", most(collections.Counter(kind.mode for kind in kinds)))
-        channels = choices.channels(kinds)
+        channels = choices.channels_of(kinds)
         grey = sum(kind.channels < channels for kind in kinds)
         more = f"; {grey:,} grey ones as R = G = B" if grey else ""
-        line("read as", f"{'grey' if channels == 1 else 'colour'}, {channels} channel(s){more}")
+        if channels == 3 and not any(kind.coloured for kind in kinds):
+            more = "; but none has colours: --data.channels 1 reads them as grey"
+        line("read as", f"{'grey, 1 channel' if channels == 1 else 'colour, 3 channels'}{more}")
     line("turned", _counted(sum(kind.turned for kind in kinds), "upright by EXIF"))
     line("animated", _counted(sum(kind.frames > 1 for kind in kinds), "by their first frame"))
     clear = sum(not kind.opaque for kind in kinds)

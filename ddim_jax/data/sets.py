@@ -17,6 +17,7 @@ from ddim_jax.data.folder import Choices, load_folder
 from ddim_jax.data.reader import Reader, Transform, description, transformed
 from ddim_jax.data.tfds import DATA_DIR_VARIABLE as DATA_DIR_VARIABLE
 from ddim_jax.data.tfds import prepare as prepare
+from ddim_jax.pictures.decoding import as_colour
 
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # a version begins with a digit: "mnist:3.0.1"
 HUGGING_FACE = "hf:"
@@ -32,6 +33,7 @@ def load(
     on_corrupt: Literal["stop", "skip"] = "stop",
     labels: str | None = None,
     background: str | None = None,
+    channels: Literal[1, 3] | None = None,
 ) -> Dataset:
     """Opens an image data set; its images are decoded when first asked for.
 
@@ -56,6 +58,8 @@ def load(
         name of a column. Others have labels of their own.
       background: the colour behind what is transparent in your own pictures, "white" or "#808080";
         None refuses them.
+      channels: of your own pictures, 1 or 3; None reads grey ones as 1 if all are grey, else as 3.
+        As 1, pictures with colours are refused.
 
     Returns:
       A `Dataset`. Its provenance has a digest of your own files' content, the parameters of a
@@ -75,15 +79,20 @@ def load(
     """
     if on_corrupt not in ("stop", "skip"):
         raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
-    choices = Choices(transform, labels, background, on_corrupt == "skip")
-    choices.colour  # noqa: B018  a ValueError if it is none
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+    if background is not None:
+        as_colour(background)
+    choices = Choices(transform, labels, background, on_corrupt == "skip", channels)
     path, name = path_of(name, data_dir), os.fspath(name)
     if path is not None:
         return _own_files(path.absolute(), name, split, choices)
     if name.startswith(HUGGING_FACE):
         return hugging_face.load_named(name.removeprefix(HUGGING_FACE), split, choices)
-    if labels is not None or background is not None:
-        raise ValueError(f"labels and background are for pictures of your own, {name} has its own")
+    if (labels, background, channels) != (None, None, None):
+        raise ValueError(
+            f"labels, background and channels are for pictures of your own, {name} says them itself"
+        )
     if name == "digits":
         return _digits(split, transform)
     if OWN.fullmatch(name):
@@ -128,8 +137,8 @@ def _own_files(path: pathlib.Path, name: str, split: str, choices: Choices) -> D
                 f"{path} is one file, and no .npy or .npz: give the folder that holds the "
                 "pictures, and unpack archives first"
             )
-        if choices.background is not None:
-            raise ValueError(f"background is for pictures with transparency; {path} has none")
+        if (choices.background, choices.channels) != (None, None):
+            raise ValueError(f"background and channels are for picture files; {name} has pixels")
         return load_file(path, name, split, choices.transform, choices.labels)
     if hugging_face.saved_at(path):
         return hugging_face.load_saved(path, name, split, choices)

@@ -27,6 +27,7 @@ class Kind(NamedTuple):
     opaque: bool
     turned: bool  # by EXIF's orientation
     frames: int  # of which the first is read
+    coloured: bool  # some pixel is not R = G = B
 
 
 def decode(
@@ -146,4 +147,8 @@ def _read(content: bytes) -> tuple[Image.Image, Kind]:
     if not clear:
         picture = picture.convert("L" if grey else "RGB")
     width, height = picture.size
-    return picture, Kind(format, mode, height, width, 1 if grey else 3, not clear, turned, frames)
+    pixels = np.asarray(picture)
+    coloured = not grey and bool((pixels[..., 1:3] != pixels[..., :1]).any())
+    channels = 1 if grey else 3
+    kind = Kind(format, mode, height, width, channels, not clear, turned, frames, coloured)
+    return picture, kind

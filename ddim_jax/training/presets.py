@@ -29,6 +29,7 @@ class DataConfig:
     on_corrupt: Literal["stop", "skip"] = "stop"  # a record that cannot be read
     labels: str | None = None  # "folders", a .npy beside .npy or .npz, a column of Hugging Face
     background: str | None = None  # the colour behind what is transparent, which is refused else
+    channels: Literal[1, 3] | None = None  # of your own pictures; by default as they are
     holdout: float = 0  # images kept apart: a fraction in (0, 1), or their number
 
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
@@ -43,6 +44,7 @@ class DataConfig:
             on_corrupt=self.on_corrupt,
             labels=self.labels,
             background=self.background,
+            channels=self.channels,
         )
         return data.hold_out(whole, self.holdout)
 
