@@ -45,6 +45,10 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
         "ddim_jax.cli.info:info",
         "Say what a model or a run is: progress, checkpoints, configuration.",
     ),
+    "average": (
+        "ddim_jax.cli.average:average",
+        "Write the weights of a run under a moving average of another length, as one file.",
+    ),
     "export": (
         "ddim_jax.cli.export:export",
         "Write a model as one .safetensors file, or as a folder that diffusers loads.",

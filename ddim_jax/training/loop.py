@@ -25,6 +25,7 @@ from ddim_jax.storage.checkpoint import (
     saved_steps,
 )
 from ddim_jax.training import parallel
+from ddim_jax.training.averages import Averages
 from ddim_jax.training.collecting import collect, forecast, means
 from ddim_jax.training.held_out import make_held_out
 from ddim_jax.training.preview import make_preview
@@ -167,6 +168,7 @@ def fit(
         if dataset.held_out is not None:
             judged = (apply_fn, schedule, dataset.held_out, config, num_classes, mesh)
             held_out = make_held_out(*judged)
+        averages = Averages(directory, state.params, start) if config.post_hoc else None
         pending: list[Metrics] = []  # on the devices
         began = logged = time.perf_counter()
         since, stop = start, False  # the step of the last line of this process
@@ -188,6 +190,8 @@ def fit(
                     began = logged = time.perf_counter()
                 state, metrics = train_step(state, batch)
                 step += 1
+                if averages:
+                    averages.update(state.params, step)
                 pending.append(metrics)
                 if len(pending) > IN_FLIGHT:
                     pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
@@ -223,6 +227,8 @@ def fit(
                     waiting, logged, since = {}, now, step
                 if drawn and not stop:
                     preview(state.ema, step, log)
+                if to_save and averages:
+                    averages.save(step)
                 if to_save:
                     position = {"batch": step, "waiting": waiting, "skipped_in_a_row": in_a_row}
                     checkpoints.save(step, state, position, config_dict)

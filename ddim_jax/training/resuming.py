@@ -91,6 +91,8 @@ def check_run(
             f"split over {mesh.size} devices: make it a multiple of "
             f"{mesh.size * config.accumulate}"
         )
+    if config.post_hoc and jax.process_count() > 1:
+        raise ValueError("post_hoc is for one process: leave it out with several")
     log_path = directory / LOG
     logged_before = log_path.exists() and log_path.stat().st_size
     if resume == "never" and (saved_steps(folder) or logged_before):
