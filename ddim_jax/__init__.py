@@ -3,6 +3,7 @@
 from ddim_jax import categorical
 from ddim_jax.arrays import Denoiser, image_keys
 from ddim_jax.process import (
+    GAMMAS,
     Coefficients,
     Prediction,
     Schedule,
@@ -12,6 +13,7 @@ from ddim_jax.process import (
     cosine_schedule,
     ddim_sigma,
     ddim_step,
+    find_gamma,
     forward_marginal,
     from_x0_eps,
     linear_schedule,
@@ -70,6 +72,7 @@ from ddim_jax.version import __version__
 from ddim_jax.weights import Model, load_model, load_torch, save_diffusers, save_model
 
 __all__ = [
+    "GAMMAS",
     "METHODS",
     "Coefficients",
     "Denoiser",
@@ -100,6 +103,7 @@ __all__ = [
     "dynamic_threshold",
     "encode",
     "encoder",
+    "find_gamma",
     "forward_marginal",
     "from_x0_eps",
     "image_keys",

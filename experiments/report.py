@@ -30,6 +30,7 @@ SECTIONS = {
     "fig6": "Figure 6: interpolation",
     "discrete": "Appendix A: categories",
     "solvers": "Solvers: quality against network calls",
+    "objectives": "Objectives: what to predict, and how to weigh it",
 }
 Rows = list[list[str]]
 
@@ -256,6 +257,19 @@ def _solvers(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _objectives(result: dict[str, Any]) -> list[str]:
+    cells = [
+        {**row, "run": f"{row['objective']}, {row['recipe']}, {row['updates']:,} updates"}
+        for row in result["rows"]
+    ]
+    steps, rows = _grid(cells, "run", str, lambda c: _pm(c["distance"], c["se"]))
+    counts = {int(s): n for c in result["cells"] for s, n in c["num_images"].items()}
+    rows += _distance_rows(result, steps, counts)
+    seeds = ", ".join(map(str, result["settings"]["seeds"]))
+    note = f'<p class="note">Means over seeds {seeds}, with their standard errors.</p>'
+    return [plots.table_html([result["name"], *(f"S = {s}" for s in steps)], rows), note]
+
+
 def _papers_table(table: dict[str, Any], steps: Sequence[int]) -> list[str]:
     header = [f"S = {s}" for s in steps]
     return [
@@ -272,7 +286,7 @@ def _text(text: str) -> Callable[[], list[str]]:
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "table1": _table1, "table2": _table2, "table3": _table1, "fig4": _fig4, "fig5": _fig5,
-    "fig6": _fig6, "discrete": _discrete, "solvers": _solvers,
+    "fig6": _fig6, "discrete": _discrete, "solvers": _solvers, "objectives": _objectives,
 }  # fmt: skip
 PAPER: dict[str, Callable[[], list[str]]] = {
     "table1": lambda: _papers_table(paper.TABLE1, paper.TABLE1_STEPS),
@@ -289,6 +303,7 @@ PAPER: dict[str, Callable[[], list[str]]] = {
         "Eq. 15 is expected to differ from DDIM for few steps (§4.3); multistep methods are future "
         "work (§7). No figures are reported."
     ),
+    "objectives": _text("All of the paper's networks predict ε, with γ = 1 (Eq. 5)."),
 }  # fmt: skip
 
 

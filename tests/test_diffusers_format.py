@@ -14,7 +14,12 @@ from ddim_jax.networks import unet
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights import load_model, save_diffusers, to_facts
-from ddim_jax.weights.diffusers_config import schedule_config, unet_config, unet_settings
+from ddim_jax.weights.diffusers_config import (
+    schedule_config,
+    scheduler_settings,
+    unet_config,
+    unet_settings,
+)
 from ddim_jax.weights.diffusers_format import diffusers_name
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
@@ -165,10 +170,14 @@ def test_half_precision_weights_become_float32(tmp_path, tiny):
             "x_0",
         ),
         ({"_class_name": "DDPMScheduler", "predict_epsilon": False}, ScheduleConfig(), "x_0"),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True,
+          "prediction_type": "v_prediction"}, ScheduleConfig(zero_terminal_snr=True), "v"),
     ],
 )  # fmt: skip
 def test_schedulers(scheduler, schedule, prediction):
     assert schedule_config(scheduler) == (schedule, prediction)
+    back = {"_class_name": "DDIMScheduler"} | scheduler_settings(schedule, prediction)
+    assert schedule_config(back) == (schedule, prediction)
 
 
 LABELS = dataclasses.replace(TINY, num_classes=3)
@@ -274,7 +283,7 @@ def test_the_defaults_of_diffusers_are_refused():
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatch"),
         ({"trained_betas": [0.1]}, "trained_betas is"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
         ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),

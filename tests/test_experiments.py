@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from PIL import Image
 
 import ddim_jax as ddim
 from ddim_jax.data import load
+from ddim_jax.networks import unet
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.sampling.clipping import clip_x0
 from ddim_jax.training.presets import PRESETS
+from ddim_jax.training.step import init_state, make_train_step
 from experiments import (
     arguments,
     claims,
@@ -27,6 +30,8 @@ from experiments import (
     fig4,
     fig5,
     fig6,
+    objectives,
+    on_device,
     paper_numbers,
     provenance,
     report,
@@ -46,10 +51,11 @@ TINY = {
     "fig6": "--steps 5 --paths 3 --shown 2 --points 5",
     "discrete": "--steps 2 --num-images 40 --train-steps 2 --train-batch 8 --bound-images 6",
     "solvers": "--oracle --steps 2 --num-images 12 --fine-samples 4 --refine 2 --sweeps 1",
+    "objectives": "--objectives edm v-zero-snr --seeds 0 1 --updates 2 --steps 2 --num-images 8",
 }
 MAINS = {
     module.__name__.split(".")[1]: module.main
-    for module in (table1, table2, table3, fig3, fig4, fig5, fig6, discrete, solvers)
+    for module in (table1, table2, table3, fig3, fig4, fig5, fig6, discrete, solvers, objectives)
 }
 
 
@@ -483,6 +489,73 @@ def test_the_report_of_nothing_and_of_strangers(tmp_path):
     (tmp_path / "result.json").write_text('{"experiment": "cooking"}')
     with pytest.raises(ValueError, match="no result of these"):
         report.main([str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_objectives_are_learned_by_the_step_of_the_package():
+    """Scanned or called one by one, three updates are those of `make_train_step`."""
+    preset = PRESETS["digits"]()
+    network = dataclasses.replace(preset.model, multipliers=(1,))
+    setting = types.SimpleNamespace(
+        dataset=load("digits"), args=types.SimpleNamespace(chunk=3, seed=0)
+    )
+    objective = objectives.OBJECTIVES["edm"]
+    config = dataclasses.replace(preset.train, num_updates=3, seed=5, batch_size=4,
+                                 prediction="edm", gamma="edm", sigma_data=0.75)  # fmt: skip
+    bench = on_device.Bench(setting, preset, network)
+    step = make_train_step(bench.apply_fn, preset.schedule.build(), config)
+    state = init_state(unet.build(network, jax.random.key(5))[1], config)
+    numbers, losses = on_device.batch_numbers(1797, 4, 5), []
+    for _ in range(3):
+        batch = {"image": np.asarray(bench.images)[next(numbers)], "label": np.zeros(4, np.int32)}
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    for bench.on_cpu in (True, False):
+        bench.trainer.cache_clear()
+        ema, loss = bench.trained("here", objective, config)
+        assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+        for ours, theirs in zip(jax.tree.leaves(ema), jax.tree.leaves(state.ema)):
+            # Adam's first steps are 2e-5 times their number each, whatever the gradient.
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_batches_of_objectives_are_epochs_without_a_gap():
+    numbers = on_device.batch_numbers(7, 3, 1)
+    stream = np.concatenate([next(numbers) for _ in range(7)])
+    for epoch in np.split(stream, 3):
+        assert sorted(epoch) == list(range(7))
+    assert stream.tolist() != np.tile(stream[:7], 3).tolist()
+
+
+def test_objectives_summarise_seeds():
+    run = {"objective": "v", "recipe": "preset", "updates": 2}
+    cells = [{**run, "seed": s, "distance": {"5": d}, "se": {"5": 0.3}}
+             for s, d in enumerate((1.0, 2.0, 4.0))]  # fmt: skip
+    cells.append({**run, "seed": 3, "distance": {}, "se": {}})  # diverged
+    (row,) = objectives.summary(cells, 5)
+    assert (row["seeds"], row["distance"]) == (3, pytest.approx(7 / 3))
+    assert row["se"] == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
+    assert objectives.summary(cells[:1], 5)[0]["se"] == 0.3
+    assert objectives.markdown([row]).splitlines()[2] == "| v, preset, 2 updates | 2.33 ± 0.88 |"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--objectives w", "no objective 'w'; choose of eps, v"),
+        ("--recipes rate=1", "name=value of learning_rate"),
+        ("--recipes learning_rate=fast", "learning_rate is no float: 'fast'"),
+        ("--recipes ema_decay=1", r"ema_decay must be in \[0, 1\)"),
+        ("--model digits", "trains its own networks"),
+        ("--data wide.npz", "no preset has images of"),
+    ],
+)
+def test_what_objectives_refuse(tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    np.savez("wide.npz", images=np.zeros((4, 5, 6), np.uint8))
+    with pytest.raises(ValueError, match=says):
+        objectives.main(words.split())
+    assert not (tmp_path / "results").exists()
 
 
 def test_errors_of_use_are_one_line(capsys, monkeypatch):

@@ -25,6 +25,7 @@ from ddim_jax.storage.checkpoint import (
 from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
 from ddim_jax.training.loop import fit
+from ddim_jax.training.resuming import check_same_run
 from ddim_jax.training.run_folder import Preempted, locked, writer
 from ddim_jax.training.step import TrainConfig
 from ddim_jax.training.summary import summarise
@@ -191,11 +192,37 @@ def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path, one_device):
     other = make_config(num_updates=1, prediction="x_0")
     with pytest.raises(ValueError, match="train.prediction: saved 'v', now 'x_0'"):
         oblong(tmp_path, facts=facts, train=other, resume="must")
-    with pytest.raises(ValueError, match="network predicts 'eps', config.prediction .* 'v'"):
+    with pytest.raises(ValueError, match="facts say .*'eps'.*, config that .*'v'"):
         oblong(tmp_path / "new", facts={**facts, "prediction": "eps"}, train=learns_v)
     with pytest.raises(ValueError, match="predict"):
         train(tmp_path / "new", learns_v, apply_fn=ddim.predicts(affine, "x_0"))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_objective_travels_with_the_run_and_stays(tmp_path):
+    """F of data of deviation 0.3, weighed; and ε is not learned at zero terminal SNR."""
+    learns = {"prediction": "edm", "gamma": "min-snr-5", "sigma_data": 0.3, "num_updates": 2}
+    state = train(tmp_path, make_config(**learns))
+    assert np.isfinite(state.ema["w"])
+    facts = restore_config(tmp_path / "checkpoints")
+    assert facts["train"]["gamma"] == "min-snr-5"
+    assert (facts["prediction"], facts["sigma_data"]) == ("edm", 0.3)
+    for name, value in (("gamma", "one"), ("sigma_data", 0.4)):
+        with pytest.raises(ValueError, match=f"train.{name}: saved {learns[name]!r}, now"):
+            train(tmp_path, make_config(**learns | {name: value}), resume="must")
+    zero = dataclasses.replace(TEN, zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        oblong(tmp_path / "new", train=make_config(), schedule=zero)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_before_there_was_a_choice_of_gamma_goes_on():
+    wanted = {"train": dataclasses.asdict(make_config())}
+    old = wanted["train"].keys() - {"gamma", "sigma_data"}
+    saved = {"train": {name: wanted["train"][name] for name in old}}
+    assert check_same_run(saved, wanted) == []
+    with pytest.raises(ValueError, match="train.gamma: saved 'one', now 'bound'"):
+        check_same_run(saved, {"train": wanted["train"] | {"gamma": "bound"}})
 
 
 def test_what_changes_rounding_alone_may_change_on_resuming_and_is_said(tmp_path):
@@ -281,7 +308,7 @@ def test_what_load_model_would_miss_is_said_at_the_start(tmp_path, one_device):
 def test_divergence_names_the_step_and_leaves_good_checkpoints(tmp_path, monkeypatch, where):
     # The loss −w has the gradient −1, so that Adam without warm-up moves w by learning_rate a
     # step: step n starts from w = 0.01 (n − 1), and w > 0.065 first holds at step 8.
-    def toy_loss(denoise, schedule, x_0, key, indices):
+    def toy_loss(denoise, schedule, x_0, key, gamma, *, indices):
         w = denoise(x_0, None).mean()
         if where == "loss":
             return -w + jnp.where(w > 0.065, jnp.nan, 0.0)

@@ -24,13 +24,16 @@ ORDERS = {"adams-bashforth-2": 1.9, "adams-bashforth-3": 2.8, "adams-bashforth-4
 
 
 def as_kind(kind):
-    """The exact denoiser, as a network that predicts x_0 or v."""
+    """The exact denoiser, as a network that predicts x_0, v or F, which is fed x_t/s."""
 
     def network(x, t):
         c = ddim.coefficients(SCHEDULE, t, t * 0)
+        if kind == "edm":
+            a = jnp.asarray(A, x.dtype)[t][:, None]
+            x = x * jnp.sqrt(a / 4 + 1 - a)
         return ddim.from_x0_eps(c, *ddim.to_x0_eps(c, x, EXACT(x, t)), kind)
 
-    return ddim.predicts(network, kind)
+    return ddim.predicts(network, kind, schedule=SCHEDULE)
 
 
 @EVERY
@@ -63,7 +66,7 @@ def test_every_kind_of_prediction_draws_the_same(name):
     x_T = ddim.initial_noise(KEY, 5, (3,))
     runs = [
         ddim.sample(as_kind(kind), x_T, SCHEDULE, TAU, key=KEY, method=find_method(name))
-        for kind in ("eps", "x_0", "v")
+        for kind in ddim.process.PREDICTIONS
     ]
     bound = 64 * np.finfo(np.float32).eps / np.sqrt(A[1000])
     for other in runs[1:]:

@@ -194,17 +194,21 @@ def test_run_folder_by_step_and_part(tmp_path):
         value(step=3)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "edm"])
 def test_save_model(tmp_path, prediction):
     params = unet.build(TINY, jax.random.key(0))[1]
     facts = {"score": 1.5, **FACTS}
-    model = ddim.Model(
-        predicts(unet.make_apply(TINY), prediction), params, ddim.linear_schedule(), TINY, facts
-    )
+    schedule = ddim.linear_schedule()
+    own = {"sigma_data": 0.7} if prediction == "edm" else {}
+    apply_fn = predicts(unet.make_apply(TINY), prediction, schedule=schedule, **own)
+    model = ddim.Model(apply_fn, params, schedule, TINY, facts)
     save_model(tmp_path / "m.safetensors", model)
     again = load_model(tmp_path / "m.safetensors")
     assert_same(again.params, params)
-    assert (again.config, again.prediction.kind, again.facts["score"]) == (TINY, prediction, 1.5)
+    assert (again.config, again.prediction, again.facts["score"]) == (TINY, model.prediction, 1.5)
+    if prediction == "edm":
+        with pytest.raises(ValueError, match="diffusers has no prediction type 'edm'"):
+            save_diffusers(tmp_path / "theirs", again)
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         save_model(tmp_path / "m.safetensors", model)
     save_model(tmp_path / "m.safetensors", model, overwrite=True, float16=True)

@@ -175,12 +175,23 @@ def test_facts_of_older_files_mean_the_same_schedule():
         ddim.ScheduleConfig("scaled_linear", 50, beta_end=0.3),
         ddim.ScheduleConfig("cosine", 10),
         ddim.ScheduleConfig("linear", 200, rescale_betas=True),
+        ddim.ScheduleConfig("scaled_linear", 100, zero_terminal_snr=True),
+        ddim.ScheduleConfig("cosine", 10, zero_terminal_snr=True),
     ],
 )
 def test_facts_round_trip(config):
     back = ddim.ScheduleConfig.from_facts(json.loads(json.dumps(config.facts())))
     np.testing.assert_array_equal(back.build().log_alpha_bar, config.build().log_alpha_bar)
     assert back == dataclasses.replace(config, beta_start=back.beta_start, beta_end=back.beta_end)
+
+
+def test_zero_terminal_snr_of_few_steps_has_nothing_to_warn_of():
+    """Warnings are errors here."""
+    schedule = ddim.linear_schedule(100, zero_terminal_snr=True)
+    raw = ddim.schedule_from_betas(np.linspace(1e-4, 0.02, 100))
+    want = ddim.rescale_zero_terminal_snr(raw)
+    np.testing.assert_array_equal(schedule.log_alpha_bar, want.log_alpha_bar)
+    assert ddim.ScheduleConfig(num_steps=100, zero_terminal_snr=True).build().alpha_bar[-1] == 0
 
 
 def test_repr_is_short_whatever_the_leaf():

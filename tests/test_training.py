@@ -20,7 +20,7 @@ from tests.tiny import SCHEDULE, affine, affine_params, make_batch, make_config
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("grad_clip", [0.05, 1e6])
 def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch, grad_clip, decay):
-    def toy_loss(denoise, schedule, x_0, key, indices):  # least squares: no noise, no t
+    def toy_loss(denoise, schedule, x_0, key, gamma, *, indices):  # least squares: no noise, no t
         error = denoise(x_0, jnp.ones(x_0.shape[:1], jnp.int32)) - 0.3
         return (error * error).mean()
 
@@ -77,18 +77,26 @@ def test_training_finds_the_optimal_linear_denoiser():
     np.testing.assert_allclose(state.ema["w"], np.sqrt(1 - alpha_bar[1:]), atol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["eps", "x_0", "v"])
-def test_every_prediction_learns_to_the_loss_of_the_exact_denoiser(kind):
+@pytest.mark.parametrize(
+    ("kind", "gamma"), [("eps", "one"), ("x_0", "min-snr-5"), ("v", "one"), ("edm", "edm")]
+)
+def test_every_objective_learns_to_the_loss_of_the_exact_denoiser(kind, gamma):
     """Of images N(μ, s² I) the exact denoiser is affine, with t-by-t mean squared errors
 
-    a²s²/(a²s² + b²) for ε, s²b²/(a²s² + b²) for x_0, s²/(a²s² + b²) for v; a² = ᾱ_t, b² = 1 − ᾱ_t.
+    a²s²/(a²s² + b²) for ε, s²b²/(a²s² + b²) for x_0, s²/(a²s² + b²) for v, and that of x_0 over
+    c_out² = b²/(a² + 4b²) for F at σ_d = ½; a² = ᾱ_t, b² = 1 − ᾱ_t.
     """
     rng = np.random.default_rng(0)
     draw = lambda n: np.clip(rng.normal(150, 40, (n, 4, 4, 1)).round(), 0, 255).astype(np.uint8)  # noqa: E731
     held_out = draw(16_384)
     mean, variance = (held_out / 127.5 - 1).mean(), (held_out / 127.5 - 1).var()
     config = make_config(
-        prediction=kind, learning_rate=0.03, num_updates=400, cosine_decay=True, ema_decay=0.98
+        prediction=kind,
+        gamma=gamma,
+        learning_rate=0.03,
+        num_updates=400,
+        cosine_decay=True,
+        ema_decay=0.98,
     )
 
     def apply_fn(params, x, t, dropout_key=None):
@@ -104,27 +112,60 @@ def test_every_prediction_learns_to_the_loss_of_the_exact_denoiser(kind):
 
     def exact(x, t):
         c = coefficients(SCHEDULE, t, t * 0)
+        if kind == "edm":  # fed x_t over its deviation for σ_d = ½
+            x = x * jnp.sqrt(c.sqrt_alpha_bar_t**2 / 4 + c.sqrt_one_minus_alpha_bar_t**2).reshape(
+                -1, 1, 1, 1
+            )
         return from_x0_eps(c, *to_x0_eps(c, x, exact_eps(x, t)), kind)
 
     @jax.jit
     def losses(key, images):
         trained = lambda x, t: apply_fn(state.ema, x, t)  # noqa: E731
-        both = (ddim.predicts(network, kind) for network in (trained, exact))
-        return jnp.stack([ddim.loss(network, SCHEDULE, images, key) for network in both])
+        both = (ddim.predicts(f, kind, schedule=SCHEDULE) for f in (trained, exact))
+        return jnp.stack([ddim.loss(f, SCHEDULE, images, key, weights) for f in both])
+
+    weights = ddim.find_gamma(gamma)(SCHEDULE, ddim.Prediction(kind))
 
     keys = jax.random.split(jax.random.key(1), 64)
     parts = zip(keys, np.split((held_out / 127.5 - 1).astype(np.float32), 64))
     trained, best = np.array([losses(*part) for part in parts]).T
     error = best.std(ddof=1) / np.sqrt(64)
     a2 = np.asarray(SCHEDULE.alpha_bar, np.float64)[1:]
-    factor = {"eps": a2 * variance, "x_0": (1 - a2) * variance, "v": variance}[kind]
-    assert abs(best.mean() - (factor / (a2 * variance + 1 - a2)).mean()) < 3 * error
+    factor = {"eps": a2 * variance, "x_0": (1 - a2) * variance, "v": variance,
+              "edm": variance * (a2 + 4 * (1 - a2))}[kind]  # fmt: skip
+    least = weights[1:] * factor / (a2 * variance + 1 - a2)
+    assert abs(best.mean() - least.mean()) < 3 * error
     assert abs(trained.mean() - best.mean()) < error
 
 
 def test_a_network_that_predicts_something_else_is_refused():
     with pytest.raises(ValueError, match="predict"):
         make_train_step(ddim.predicts(affine, "x_0"), SCHEDULE, make_config(prediction="v"))
+
+
+def too_short(schedule, prediction):
+    return np.ones(schedule.num_steps)
+
+
+def twice(schedule, prediction):
+    return np.full(schedule.num_steps + 1, 2.0)
+
+
+def test_a_gamma_of_ones_own(monkeypatch):
+    def first_loss(gamma):
+        step = make_train_step(affine, SCHEDULE, make_config(gamma=gamma))
+        return float(step(init_state(affine_params(), make_config()), make_batch(8))[1]["loss"])
+
+    assert first_loss("tests.test_training:twice") == pytest.approx(2 * first_loss("one"))
+    with pytest.raises(ValueError, match=r"must return \(T\+1,\) = \(11,\) weights"):
+        first_loss("tests.test_training:too_short")
+
+
+def test_eps_is_not_learned_at_zero_terminal_snr():
+    zero = ddim.rescale_zero_terminal_snr(SCHEDULE)
+    with pytest.raises(ValueError, match='use a network that predicts "v", "x_0" or "edm"'):
+        make_train_step(affine, zero, make_config())
+    make_train_step(affine, zero, make_config(prediction="v"))
 
 
 def test_randomness_is_a_function_of_seed_and_step():
@@ -145,7 +186,7 @@ def test_flips_mirror_half_of_the_images(monkeypatch, flip):
     images = np.zeros((64, 2, 4, 1), np.uint8)
     images[:, :, 2:] = 255
 
-    def toy_loss(denoise, schedule, x_0, key, indices):
+    def toy_loss(denoise, schedule, x_0, key, gamma, *, indices):
         side = jnp.array([-1.0, -1.0, 1.0, 1.0])[None, None, :, None]
         return (x_0 * side).mean() + 0.0 * denoise(x_0, jnp.ones(64, jnp.int32)).mean()
 
@@ -167,7 +208,7 @@ def test_labels_reach_the_network_and_some_are_hidden(monkeypatch):
     def apply_fn(params, x, t, dropout_key=None, labels=None):
         return params["w"] * (labels == 7).astype(x.dtype)[:, None, None, None] + 0.0 * x
 
-    monkeypatch.setattr(training, "loss", lambda f, s, x, key, indices: f(x, None).mean())
+    monkeypatch.setattr(training, "loss", lambda f, s, x, key, gamma, *, indices: f(x, None).mean())
     config = make_config(label_dropout=0.2)
     step = make_train_step(apply_fn, SCHEDULE, config, num_classes=7)
     batch = {
@@ -249,7 +290,9 @@ def test_the_step_exports_to_tpu_and_cuda_without_its_weights():
         ("accumulate", 3, "accumulate must be a divisor of batch_size = 8, got 3"),
         ("fsdp", 0, "fsdp must be at least 1"),
         ("sample_every", -1, "sample_every must be at least 0"),
-        ("prediction", "w", "prediction must be one of 'eps', 'x_0', 'v', got 'w'"),
+        ("prediction", "w", "prediction must be one of 'eps', 'x_0', 'v', 'edm', got 'w'"),
+        ("gamma", "two", "unknown gamma 'two'"),
+        ("sigma_data", 0.0, "sigma_data must be positive"),
     ],
 )
 def test_a_config_rejects(field, value, message):

@@ -39,7 +39,7 @@ class Source:
     config: str | None = None
     image_size: int | tuple[int, int] | None = None
     schedule: Literal["linear", "cosine"] | None = None
-    prediction: Literal["eps", "x_0", "v"] | None = None
+    prediction: Literal["eps", "x_0", "v", "edm"] | None = None
 
     def given(self) -> dict[str, Any]:
         return {

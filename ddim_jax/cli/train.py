@@ -23,6 +23,7 @@ from ddim_jax.training.presets import PRESETS, Fitted, Preset
 from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.training.starting import Start, check_same_start, facts_of_run, follow, start_from
+from ddim_jax.training.step import objective
 from ddim_jax.training.watching import PROJECT, check_wandb
 from ddim_jax.weights import Model, to_facts
 
@@ -81,7 +82,7 @@ def train(
     origin = model.facts if model else saved if "init" in saved else None
     if origin is not None:
         preset = follow(preset, given, origin, init or str(out))
-    preset.schedule.build()
+    objective(preset.schedule.build(), preset.train)
     dataset, missing = _data(preset, data_dir, dry_run)
     if isinstance(preset, Fitted) and dataset:
         preset = _fitted(preset, given, dataset, saved, network=origin is None)

@@ -20,13 +20,14 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from ddim_jax.data.dataset import Dataset
+
+if TYPE_CHECKING:  # it takes a second to import: where batches are asked for
+    import grain
 
 GUARD = (
     "worker processes import the main script, which must do its work under "
@@ -92,6 +93,9 @@ def batches(
         raise ValueError(f"start must be >= 0, got {start}")
     if num_workers < 0:
         raise ValueError(f"num_workers must be >= 0, got {num_workers}")
+    import grain
+    from absl import flags
+
     local = batch_size // process_count
     mine = slice(process_index * local, (process_index + 1) * local)
     rest = _order(dataset, batch_size, seed).slice(slice(start, None))
@@ -135,8 +139,10 @@ def batch_indices(dataset: Dataset, batch_size: int, seed: int, number: int) -> 
     return np.asarray(_order(dataset, batch_size, seed)[number])
 
 
-def _order(dataset: Dataset, batch_size: int, seed: int) -> grain.MapDataset:
+def _order(dataset: Dataset, batch_size: int, seed: int) -> "grain.MapDataset":
     """Random access to the indices of batch 0, 1, 2, …"""
+    import grain
+
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not len(dataset):
@@ -174,7 +180,7 @@ def check_main_guard() -> None:
             raise RuntimeError(f"{frame.f_code.co_filename}, line {frame.f_lineno}: {GUARD}")
 
 
-def _stream(running: list[grain.DatasetIterator]) -> Iterator[dict[str, np.ndarray]]:
+def _stream(running: "list[grain.DatasetIterator]") -> Iterator[dict[str, np.ndarray]]:
     while running:
         try:
             batch = next(running[0])
@@ -187,7 +193,7 @@ def _stream(running: list[grain.DatasetIterator]) -> Iterator[dict[str, np.ndarr
         yield batch
 
 
-def _end(running: list[grain.DatasetIterator]) -> None:
+def _end(running: "list[grain.DatasetIterator]") -> None:
     """Ends the threads and workers of a stream, before the interpreter takes itself apart."""
     running.pop().close()
 

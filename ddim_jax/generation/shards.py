@@ -144,7 +144,7 @@ def generate(
         "model": {
             **model.facts,
             "model": dataclasses.asdict(model.config),
-            "prediction": model.prediction.kind,
+            **model.prediction.facts(),
         },
         "versions": {"ddim_jax": __version__, "jax": jax.__version__},
     }

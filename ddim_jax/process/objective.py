@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, image_keys, normal, wide
+from ddim_jax.arrays import (
+    Array,
+    ArrayLike,
+    Denoiser,
+    call,
+    check_batch,
+    image_keys,
+    is_concrete,
+    normal,
+    wide,
+)
 from ddim_jax.process.gaussian import coefficients, forward_marginal
 from ddim_jax.process.prediction import from_x0_eps, prediction_of
 from ddim_jax.process.schedule import Schedule
@@ -19,7 +29,7 @@ def loss(
     schedule: Schedule,
     x_0: Array,
     key: Array,
-    gamma: Array | None = None,
+    gamma: ArrayLike | None = None,
     *,
     indices: ArrayLike | None = None,
 ) -> Array:
@@ -31,12 +41,13 @@ def loss(
     from `fold_in(key, k)`, so that they do not depend on how a batch is split over devices.
 
     Args:
-      denoise: (x (B, ...), t (B,) in 1..T) → (B, ...), compared on what it predicts: ε, x_0 or v,
-        see `predicts`.
+      denoise: (x (B, ...), t (B,) in 1..T) → (B, ...), compared on what it predicts: ε, x_0, v or
+        F, see `predicts`.
       schedule: the noise schedule.
       x_0: (B, ...) floating data, scaled to [−1, 1].
       key: a JAX random key; a new one each step.
-      gamma: (T+1,) weights γ_t, γ_0 unused; None for γ = 1.
+      gamma: (T+1,) weights γ_t of the squared error of the output, γ_0 unused; None for γ = 1.
+        `find_gamma` has them by name.
       indices: (B,) the numbers k of the images in their batch, for one that is worked through in
         parts; 0..B − 1 by default.
 
@@ -45,7 +56,7 @@ def loss(
 
     Raises:
       TypeError: x_0 is not floating.
-      ValueError: gamma is not (T+1,), or the output's shape is not the input's.
+      ValueError: gamma is not (T+1,), finite and ≥ 0, or the output's shape is not the input's.
 
     Example:
       >>> import ddim_jax as ddim, jax, jax.numpy as jnp
@@ -59,6 +70,11 @@ def loss(
         raise ValueError(
             f"gamma must have shape (T+1,) = ({schedule.num_steps + 1},), got {np.shape(gamma)}"
         )
+    if gamma is not None and is_concrete(gamma):
+        fit = np.isfinite(w := np.asarray(gamma)[1:]) & (w >= 0)
+        if not fit.all():
+            i = int(np.argmin(fit))
+            raise ValueError(f"gamma must be finite and >= 0, got gamma[{i + 1}] = {w[i]}")
     numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
     keys = jax.vmap(jax.random.split)(image_keys(key, numbers))
     t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1, jnp.int32))(
@@ -68,9 +84,9 @@ def loss(
     draw: Callable[[Array], Array] = lambda k: normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731
     noise = jax.vmap(draw)(keys[:, 1])
     output = call(denoise, forward_marginal(schedule, x_0, t, noise), t, dtype)
-    kind, target = prediction_of(denoise).kind, noise
-    if kind != "eps":
-        target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, kind)
+    prediction, target = prediction_of(denoise), noise
+    if prediction.kind != "eps":
+        target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, prediction)
     error = (output - target).astype(jnp.float32) ** 2
     if gamma is not None:
         error = error * jnp.asarray(gamma, jnp.float32)[t].reshape(-1, *(1,) * (x_0.ndim - 1))

@@ -147,6 +147,7 @@ def linear_schedule(
     beta_end: float = 0.02,
     *,
     rescale_betas: bool = False,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """β_t linear in t, the schedule of Ho et al. (2020, §4) and of all of the DDIM paper.
 
@@ -158,6 +159,7 @@ def linear_schedule(
       beta_start: β₁ in (0, 1).
       beta_end: β_T in (0, 1), not below beta_start.
       rescale_betas: multiply all β by 1000/T.
+      zero_terminal_snr: `rescale_zero_terminal_snr` of it: no signal is left at T.
 
     Returns:
       A `Schedule`.
@@ -176,7 +178,8 @@ def linear_schedule(
       Schedule(num_steps=100, alpha_bar_T=2.04e-05)
     """
     start, end = _beta_range(num_steps, beta_start, beta_end, rescale_betas)
-    return _reaching_noise(schedule_from_betas(np.linspace(start, end, num_steps)), _MORE)
+    schedule = schedule_from_betas(np.linspace(start, end, num_steps))
+    return _reaching_noise(schedule, _MORE, zero_terminal_snr)
 
 
 def scaled_linear_schedule(
@@ -185,6 +188,7 @@ def scaled_linear_schedule(
     beta_end: float = 0.012,
     *,
     rescale_betas: bool = False,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """√β_t linear in t, the schedule of latent diffusion (Rombach et al. 2022).
 
@@ -197,11 +201,15 @@ def scaled_linear_schedule(
     """
     start, end = _beta_range(num_steps, beta_start, beta_end, rescale_betas)
     betas = np.linspace(start**0.5, end**0.5, num_steps) ** 2
-    return _reaching_noise(schedule_from_betas(betas), _MORE)
+    return _reaching_noise(schedule_from_betas(betas), _MORE, zero_terminal_snr)
 
 
 def cosine_schedule(
-    num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    num_steps: int = 1000,
+    offset: float = 0.008,
+    max_beta: float = 0.999,
+    *,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """ᾱ_t = f(t)/f(0), f(t) = cos²(π/2 · (t/T + s)/(1 + s)) (Nichol & Dhariwal 2021, Eq. 17).
 
@@ -209,6 +217,7 @@ def cosine_schedule(
       num_steps: T ≥ 1.
       offset: s ≥ 0, which keeps β₁ from vanishing.
       max_beta: β_t is capped here, as in the paper, so that ᾱ_T > 0.
+      zero_terminal_snr: `rescale_zero_terminal_snr` of it: no signal is left at T.
 
     Returns:
       A `Schedule`.
@@ -231,16 +240,16 @@ def cosine_schedule(
         )
     t = np.arange(num_steps + 1) / num_steps
     f = np.cos(np.pi / 2 * (t + offset) / (1 + offset)) ** 2
-    return _reaching_noise(
-        schedule_from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta)), "a larger max_beta"
-    )
+    schedule = schedule_from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+    return _reaching_noise(schedule, "a larger max_beta", zero_terminal_snr)
 
 
 def rescale_zero_terminal_snr(schedule: Schedule) -> Schedule:
     """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ₁ is kept (Lin et al. 2024, Algorithm 1).
 
     √ᾱ'_t = (√ᾱ_t − √ᾱ_T) · √ᾱ₁/(√ᾱ₁ − √ᾱ_T). At t = T the network sees pure noise, so it must
-    predict v or x_0: from ε alone x̂_0 is undefined there.
+    predict v or x_0: from ε alone x̂_0 is undefined there. Of a schedule that would warn of signal
+    left at T, make it by `linear_schedule(…, zero_terminal_snr=True)`, which does not.
 
     Args:
       schedule: any `Schedule` with T ≥ 2.
@@ -277,6 +286,7 @@ class ScheduleConfig:
     beta_start: float | None = None  # None: that of linear_schedule or scaled_linear_schedule
     beta_end: float | None = None
     rescale_betas: bool = False  # multiply β by 1000/T
+    zero_terminal_snr: bool = False  # shift and scale √ᾱ so that ᾱ_T = 0; then ε cannot be learned
 
     @property
     def betas(self) -> tuple[float, float] | None:
@@ -297,19 +307,20 @@ class ScheduleConfig:
                     "the cosine schedule has no betas: leave out beta_start, beta_end and "
                     f"rescale_betas, got {self.beta_start}, {self.beta_end}, {self.rescale_betas}"
                 )
-            return cosine_schedule(self.num_steps)
+            return cosine_schedule(self.num_steps, zero_terminal_snr=self.zero_terminal_snr)
         makers = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}
         if self.kind not in makers or not (betas := self.betas):
             raise ValueError(
                 f"unknown schedule kind {self.kind!r}; choose linear, scaled_linear or cosine"
             )
-        return makers[self.kind](self.num_steps, *betas, rescale_betas=self.rescale_betas)
+        options = {"rescale_betas": self.rescale_betas, "zero_terminal_snr": self.zero_terminal_snr}
+        return makers[self.kind](self.num_steps, *betas, **options)
 
     def facts(self) -> dict[str, Any]:
         """This configuration for JSON, in numbers, so that no later default can change it.
 
         The layout is that of every file so far: beside "cosine" linear's numbers stand unused,
-        and `rescale_betas` only where it is true.
+        and `rescale_betas` and `zero_terminal_snr` only where they are true.
 
         Example:
           >>> ScheduleConfig(num_steps=50).facts()
@@ -322,7 +333,7 @@ class ScheduleConfig:
             "beta_start": start,
             "beta_end": end,
         }
-        return facts | ({"rescale_betas": True} if self.rescale_betas else {})
+        return facts | {n: True for n in ("rescale_betas", "zero_terminal_snr") if getattr(self, n)}
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> ScheduleConfig:
@@ -360,11 +371,13 @@ def _beta_range(
     return beta_start * factor, beta_end * factor
 
 
-_MORE = "num_steps=1000, rescale_betas=True or larger betas"
+_MORE = "num_steps=1000, rescale_betas=True, zero_terminal_snr=True or larger betas"
 
 
-def _reaching_noise(schedule: Schedule, advice: str) -> Schedule:
+def _reaching_noise(schedule: Schedule, advice: str, zero_terminal_snr: bool) -> Schedule:
     """The schedule, with a warning if x_T is not noise; stacklevel 3 is the maker's caller."""
+    if zero_terminal_snr:
+        return rescale_zero_terminal_snr(schedule)
     if (alpha_bar_T := float(np.exp(schedule.log_alpha_bar[-1]))) > MOST_SIGNAL:
         warnings.warn(
             f"this schedule never reaches noise: alpha_bar_T = {alpha_bar_T:.3g} of the signal's "

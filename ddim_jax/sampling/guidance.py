@@ -14,7 +14,12 @@ import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image
 from ddim_jax.process.gaussian import coefficients
-from ddim_jax.process.prediction import Predictor, prediction_of, same_prediction
+from ddim_jax.process.prediction import (
+    Predictor,
+    from_x0_eps,
+    prediction_of,
+    same_prediction,
+)
 from ddim_jax.process.schedule import Schedule
 
 
@@ -123,7 +128,8 @@ def classifier(
     ε̂ = ε(x, t) − w √(1 − ᾱ_t) ∇_x log p(y | x_t)
 
     At w = 1 with exact parts this is the exact denoiser of p(x_0 | y). In terms of the other
-    predictions it is x̂_0 + w (1 − ᾱ_t)/√ᾱ_t ∇ and v − w √((1 − ᾱ_t)/ᾱ_t) ∇.
+    predictions it is x̂_0 + w (1 − ᾱ_t)/√ᾱ_t ∇, v − w √((1 − ᾱ_t)/ᾱ_t) ∇, and F of "edm" with
+    that change of x̂_0.
 
     Args:
       denoise: the unconditional denoiser.
@@ -161,8 +167,9 @@ def classifier(
     def guided(x: Array, t: Array) -> Array:
         c = coefficients(schedule, t, t * 0)
         a, b = per_image(c.sqrt_alpha_bar_t, x), per_image(c.sqrt_one_minus_alpha_bar_t, x)
-        change = {"eps": -b, "x_0": b**2 / a, "v": -b / a}[prediction.kind]
-        return call(denoise, x, t) + weight(x, t) * change * jax.grad(total)(x, t)
+        step = -b * weight(x, t) * jax.grad(total)(x, t)
+        # ε moves by `step` at a fixed x_t, so x̂_0 by −√(1 − ᾱ_t)/√ᾱ_t of it; the output is linear.
+        return call(denoise, x, t) + from_x0_eps(c, -b / a * step, step, prediction)
 
     return Predictor(guided, prediction)
 

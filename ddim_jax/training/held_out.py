@@ -16,7 +16,14 @@ from ddim_jax.pictures.images import to_model
 from ddim_jax.process.objective import loss
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.training import parallel
-from ddim_jax.training.step import ApplyFn, Batch, Params, TrainConfig, TrainState
+from ddim_jax.training.step import (
+    ApplyFn,
+    Batch,
+    Params,
+    TrainConfig,
+    TrainState,
+    objective,
+)
 
 MOST_BATCHES = 8  # of the held-out images, as they cost as much as a few updates
 
@@ -55,11 +62,14 @@ def make_held_out(
     kept = list(itertools.islice(stream, count))
     key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)  # no step of training
 
+    _, gamma = objective(schedule, config)
+
     @jax.jit
     def batch_loss(params: Params, batch: Batch, number: jax.Array) -> jax.Array:
         labels = {} if num_classes is None else {"labels": batch["label"]}
         denoise = partial(apply_fn, params, **labels)
-        return loss(denoise, schedule, to_model(batch["image"]), jax.random.fold_in(key, number))
+        x_0 = to_model(batch["image"])
+        return loss(denoise, schedule, x_0, jax.random.fold_in(key, number), gamma)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         sums = np.zeros(2)

@@ -39,6 +39,7 @@ from ddim_jax.training.step import (
     TrainState,
     init_state,
     make_train_step,
+    objective,
 )
 from ddim_jax.training.watching import check_wandb
 
@@ -113,7 +114,8 @@ def fit(
       BlockingIOError: another process trains in the folder.
       CheckpointError: nothing to resume, no readable checkpoint that fits `params`, or a checkpoint
         could not be written.
-      ValueError: the saved configuration differs, and the message shows where; the batch cannot be
+      ValueError: the saved configuration differs, and the message shows where; ε is to be learned
+        at zero terminal SNR; the batch cannot be
         split over the devices; or `facts` tell of another schedule, or of a U-Net with other
         parameters, classes or images.
       RuntimeError: worker processes, and a main script without `if __name__ == "__main__":`.
@@ -123,7 +125,7 @@ def fit(
     """
     directory = pathlib.Path(directory)
     folder = directory / "checkpoints"
-    apply_fn = predicts(apply_fn, config.prediction)
+    apply_fn = predicts(apply_fn, objective(schedule, config)[0], schedule=schedule)
     mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
     check_facts(config_dict, params, schedule, dataset, num_classes, folder, say)
     if wandb is not None:

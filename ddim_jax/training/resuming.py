@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ddim_jax.data import Dataset, changes, check_main_guard
+from ddim_jax.process.prediction import Prediction
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import (
     CheckpointError,
@@ -104,11 +105,12 @@ def check_run(
             f"{directory} holds no checkpoint to resume from; resume 'auto' begins where there is "
             "none"
         )
-    facts = {"prediction": config.prediction, **(facts or {})}
-    if facts["prediction"] != config.prediction:
+    learned = Prediction(config.prediction, sigma_data=config.sigma_data).facts()
+    facts = {**learned, **(facts or {})}
+    if said := {name: facts[name] for name in learned if facts[name] != learned[name]}:
         raise ValueError(
-            f"facts say that the network predicts {facts['prediction']!r}, config.prediction that "
-            f"it learns {config.prediction!r}: leave it out of facts"
+            f"facts say of the network {said}, config that it learns {learned}: leave it out of "
+            "facts"
         )
     config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **facts}
     return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
@@ -130,8 +132,11 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
       ValueError: a resumed run must keep its configuration, but these differ:
         train.seed: saved 0, now 1
     """
-    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME, "init.source"}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    new = {name: defaults[name] for name in wanted["train"].keys() & defaults.keys()}
+    saved = {**saved, "train": {**new, **saved["train"]}}  # of before there was such a field
     saved = {name: value for name, value in saved.items() if name not in INHERITED - wanted.keys()}
+    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME, "init.source"}
     if wanted["train"].get("cosine_decay"):
         free.remove("train.num_updates")
 

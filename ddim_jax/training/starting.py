@@ -84,7 +84,7 @@ def start_from(
         make_apply(config),
         jax.device_put(with_classes(params, own.num_classes, config.num_classes)),
         schedule.build(),
-        {**to_facts(schedule, config, model.prediction.kind), "init": init},
+        {**to_facts(schedule, config, model.prediction), "init": init},
     )
 
 
@@ -155,7 +155,8 @@ def follow(
       ValueError: digits is a network with model.channels = 32, asked for is 128: leave it out
     """
     schedule, network = from_facts(facts)
-    prediction = facts.get("prediction", "eps")
+    learned = {"prediction": facts.get("prediction", "eps")}
+    learned |= {"sigma_data": facts["sigma_data"]} if "sigma_data" in facts else {}
 
     def joined(part: str, own: Any, asked: Any, free: Collection[str] = ()) -> Any:
         names = [f.name for f in dataclasses.fields(own) if f"{part}.{f.name}" in given]
@@ -168,7 +169,7 @@ def follow(
                 )
         return dataclasses.replace(own, **{n: getattr(asked, n) for n in names})
 
-    train = joined("train", dataclasses.replace(preset.train, prediction=prediction), preset.train)
+    train = joined("train", dataclasses.replace(preset.train, **learned), preset.train)
     return dataclasses.replace(
         preset,
         model=joined("model", network, preset.model, FREE),

@@ -10,13 +10,22 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddim_jax.pictures.images import to_model
+from ddim_jax.process.gamma import find_gamma
+from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.objective import loss
-from ddim_jax.process.prediction import PREDICTIONS, predicts
+from ddim_jax.process.prediction import (
+    PREDICTIONS,
+    SIGMA_DATA,
+    Prediction,
+    Predictor,
+    predicts,
+)
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.training import parallel
 
@@ -33,9 +42,12 @@ class TrainConfig:
     Attributes:
       batch_size: images per step, over all devices and processes.
       num_updates: optimiser steps in all.
-      prediction: what the network learns to predict: ε as in the paper, x_0 or v. ε's error is
-        multiplied by 1/√ᾱ_T at the start of sampling, and DDIM never corrects it; a network
-        trained briefly does better with the others.
+      prediction: what the network learns to predict: ε as in the paper, x_0, v, or Karras et al.'s
+        F ("edm"). ε's error is multiplied by 1/√ᾱ_T at the start of sampling, and DDIM never
+        corrects it; a network trained briefly does better with the others.
+      gamma: γ_t of Eq. 5, the weight of the squared error of what is predicted: "one", "bound",
+        "min-snr-5", "edm", or module:function, see `find_gamma`.
+      sigma_data: of the prediction "edm" alone, the standard deviation of the data in [−1, 1].
       learning_rate: Adam's, after the warm-up.
       warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).
       cosine_decay: multiply the rate by ½(1 + cos(π n/num_updates)): better for short runs.
@@ -75,7 +87,9 @@ class TrainConfig:
 
     batch_size: int = 128
     num_updates: int = 800_000
-    prediction: Literal["eps", "x_0", "v"] = "eps"
+    prediction: Literal["eps", "x_0", "v", "edm"] = "eps"
+    gamma: str = "one"
+    sigma_data: float = SIGMA_DATA
     learning_rate: float = 2e-4
     warmup_steps: int = 5000
     cosine_decay: bool = False
@@ -104,7 +118,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_steps", "num_workers", "sample_every"):
             _require(getattr(self, name) >= 0, self, name, "at least 0")
-        for name in ("learning_rate", "grad_clip", "adam_eps"):
+        for name in ("learning_rate", "grad_clip", "adam_eps", "sigma_data"):
             _require(0 < getattr(self, name) < math.inf, self, name, "positive and finite")
         for name in ("adam_b1", "adam_b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, self, name, "in [0, 1)")
@@ -112,8 +126,41 @@ class TrainConfig:
         _require(0 <= self.seed < 2**32, self, "seed", "in 0..2**32 - 1")
         kinds = ", ".join(map(repr, PREDICTIONS))
         _require(self.prediction in PREDICTIONS, self, "prediction", f"one of {kinds}")
+        find_gamma(self.gamma)
         divides = self.batch_size % self.accumulate == 0
         _require(divides, self, "accumulate", f"a divisor of batch_size = {self.batch_size}")
+
+
+def objective(schedule: Schedule, config: TrainConfig) -> tuple[Prediction, np.ndarray | None]:
+    """What the network learns to predict, and γ_t: (T+1,), or None for γ = 1.
+
+    Args:
+      schedule: of the forward process.
+      config: its prediction, sigma_data and gamma.
+
+    Returns:
+      (`Prediction`, γ).
+
+    Raises:
+      ValueError: ε is to be learned where ᾱ_T = 0, or the function of γ does not fit.
+
+    Example:
+      >>> from ddim_jax.process.schedule import linear_schedule
+      >>> prediction, gamma = objective(linear_schedule(1000), TrainConfig(gamma="min-snr-5"))
+      >>> prediction.kind, gamma.shape
+      ('eps', (1001,))
+    """
+    prediction = Prediction(config.prediction, sigma_data=config.sigma_data)
+    prediction.check(coefficients(schedule, schedule.num_steps, 0))
+    if config.gamma == "one":
+        return prediction, None
+    gamma = np.asarray(find_gamma(config.gamma)(schedule, prediction))
+    if gamma.shape != (schedule.num_steps + 1,):
+        raise ValueError(
+            f"gamma {config.gamma} must return (T+1,) = ({schedule.num_steps + 1},) weights, got "
+            f"shape {gamma.shape}"
+        )
+    return prediction, gamma
 
 
 class TrainState(NamedTuple):
@@ -142,7 +189,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """
 
     def rate(count: jax.Array) -> jax.Array:
-        warm = jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
+        warm = jnp.minimum((count + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
         if config.cosine_decay:
             warm *= (1 + jnp.cos(jnp.pi * count / config.num_updates)) / 2
         return config.learning_rate * warm
@@ -207,7 +254,7 @@ def make_train_step(
     num_classes: int | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One update of Eq. 5 (γ = 1) by Adam, and of the moving average: θ̄ ← θ̄ + ema_rate·(θ − θ̄).
+    """One update of Eq. 5 by Adam, and of the moving average: θ̄ ← θ̄ + ema_rate·(θ − θ̄).
 
     Every random number derives from `fold_in(key(config.seed), state.step)`.
 
@@ -227,7 +274,8 @@ def make_train_step(
       "grad_norm" (before clipping) and "param_norm" (after the update).
 
     Raises:
-      ValueError: apply_fn says that it predicts something else than `config.prediction`.
+      ValueError: apply_fn says that it predicts something else than `config.prediction`; or as
+        `objective`.
 
     Example:
       >>> from ddim_jax.process.schedule import linear_schedule
@@ -242,7 +290,8 @@ def make_train_step(
       (1, ['grad_norm', 'loss', 'param_norm'])
     """
     optimizer = make_optimizer(config)
-    parts, apply_fn = config.accumulate, predicts(apply_fn, config.prediction)
+    parts, (prediction, gamma) = config.accumulate, objective(schedule, config)
+    apply_fn = predicts(apply_fn, prediction, schedule=schedule)
 
     def own(tree: Any) -> Any:  # each device its part, as the state is kept
         if mesh is None:
@@ -266,10 +315,11 @@ def make_train_step(
             return apply_fn(params, x, t, dropout_key, **labels)
 
         return loss(
-            predicts(denoise, config.prediction),
+            Predictor(denoise, prediction),
             schedule,
             part["x_0"],
             loss_key,
+            gamma,
             indices=part["number"],
         )
 

@@ -183,8 +183,9 @@ def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
         raise refuse("_class_name", ", ".join(SCHEDULERS))
     if scheduler.get("trained_betas") is not None:
         raise refuse("trained_betas", None)
-    if scheduler.get("rescale_betas_zero_snr", False):
-        raise refuse("rescale_betas_zero_snr", False)
+    zero = scheduler.get("rescale_betas_zero_snr", False)
+    if type(zero) is not bool:
+        raise refuse("rescale_betas_zero_snr", "true and false")
     if "learned" in str(scheduler.get("variance_type")):
         raise refuse("variance_type", "a fixed variance")
     steps = scheduler.get("num_train_timesteps", 1000)
@@ -204,7 +205,7 @@ def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
     if facts["kind"] != "cosine":  # diffusers' defaults are those of linear for both other kinds
         start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
         facts |= {"beta_start": float(start), "beta_end": float(end)}
-    config = ScheduleConfig.from_facts(facts)
+    config = ScheduleConfig.from_facts(facts | ({"zero_terminal_snr": True} if zero else {}))
     config.build()
     return config, PREDICTIONS[prediction]
 
@@ -228,6 +229,11 @@ def scheduler_settings(schedule: ScheduleConfig, prediction: str) -> dict[str, A
     kinds = {ours: theirs for theirs, ours in KINDS.items()}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     facts = schedule.facts()
+    if prediction not in predictions:
+        raise ValueError(
+            f"diffusers has no prediction type {prediction!r}; it has those of "
+            f"{', '.join(predictions)}"
+        )
     factor = 1000 / schedule.num_steps if schedule.rescale_betas else 1
     return {
         "num_train_timesteps": schedule.num_steps,
@@ -235,6 +241,7 @@ def scheduler_settings(schedule: ScheduleConfig, prediction: str) -> dict[str, A
         "beta_start": facts["beta_start"] * factor,
         "beta_end": facts["beta_end"] * factor,
         "prediction_type": predictions[prediction],
+        **({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {}),
     }
 
 

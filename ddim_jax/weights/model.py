@@ -62,7 +62,7 @@ class Model(NamedTuple):
 
 
 def to_facts(
-    schedule: ScheduleConfig, model: UNetConfig, prediction: str | None = None
+    schedule: ScheduleConfig, model: UNetConfig, prediction: str | Prediction | None = None
 ) -> dict[str, Any]:
     """What a checkpoint or weights file must carry to rebuild schedule and network.
 
@@ -73,7 +73,9 @@ def to_facts(
       ['model', 'prediction', 'schedule']
     """
     facts = {"model": dataclasses.asdict(model), "schedule": schedule.facts()}
-    return facts if prediction is None else {**facts, "prediction": prediction}
+    if isinstance(prediction, str):
+        prediction = Prediction(prediction)
+    return facts | (prediction.facts() if prediction else {})
 
 
 def from_facts(facts: Mapping[str, Any]) -> tuple[ScheduleConfig, UNetConfig]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from ddim_jax.networks.config import UNetConfig, check_params
 from ddim_jax.networks.paper import PAPER
-from ddim_jax.process import PREDICTIONS, ScheduleConfig, predicts
+from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
+from ddim_jax.process.prediction import SIGMA_DATA
 from ddim_jax.storage.weights_file import load_weights, save_weights
 from ddim_jax.weights.diffusers_format import (
     Contents,
@@ -54,8 +55,8 @@ def load_model(
         of the paper, "cifar10", "celeba64" or "lsun256", each with the linear schedule.
       image_size: of a PyTorch checkpoint, a side or (H, W); the rest of the network is inferred.
       schedule: the noise schedule, in place of the one that is stored, if any.
-      prediction: what the network predicts, "eps", "x_0" or "v", in place of what is stored; "eps"
-        where nothing is.
+      prediction: what the network predicts, "eps", "x_0", "v" or "edm", in place of what is stored;
+        "eps" where nothing is.
 
     Returns:
       A `Model`, its weights on the default device; it knows what it predicts.
@@ -114,9 +115,10 @@ def load_model(
         if str(error).startswith((str(path), str(path.resolve()))):
             raise
         raise ValueError(f"{path}: {error}") from error
-    facts = {**stored.facts, **to_facts(schedule, config, prediction)}
+    told = Prediction(prediction, sigma_data=stored.facts.get("sigma_data", SIGMA_DATA))
+    apply_fn = predicts(unet.make_apply(config), told, schedule=built)
+    facts = {**stored.facts, **to_facts(schedule, config, told)}
     params = jax.device_put(stored.params)
-    apply_fn = predicts(unet.make_apply(config), prediction)
     return Model(apply_fn, params, built, config, facts)
 
 
@@ -142,7 +144,7 @@ def save_model(
       >>> ddim.load_model(path).image_shape
       (8, 8, 1)
     """
-    facts = {**model.facts, **to_facts(_schedule(model), model.config, model.prediction.kind)}
+    facts = {**model.facts, **to_facts(_schedule(model), model.config, model.prediction)}
     save_weights(path, model.params, facts, float16=float16, overwrite=overwrite)
 
 
@@ -167,7 +169,7 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
       (8, 8, 1)
     """
     schedule = _schedule(model)
-    facts = {**model.facts, **to_facts(schedule, model.config, model.prediction.kind)}
+    facts = {**model.facts, **to_facts(schedule, model.config, model.prediction)}
     write_diffusers(
         pathlib.Path(folder), model.params, model.config, schedule, model.prediction.kind, facts
     )
