@@ -209,7 +209,7 @@ def test_presets_say_command_hardware_and_score():
         ("train digits --wandb one two", "--wandb takes one project, got one two"),
         ("train digits --wandb a/b", "no name for a W&B project: 'a/b'"),
         ("train images", "images trains on images of your own: give --data.name DIR"),
-        ("train images --data.name digits --data.resize 9", "9×9 can be halved|too many pixels"),
+        ("train images --data.name digits --data.resize 33", "33×33 can be halved 0 times"),
         ("train images --data.name digits --minutes 0", "--minutes must be positive"),
         ("train images --minutes 1 --train.num-updates 9", "give one of them, not both"),
         ("sample nothing --method cubic", "unknown method 'cubic'; choose ddim, "),

@@ -31,5 +31,10 @@ def average(
         raise ValueError(f"--out must end in .safetensors, got {out}")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another --out, or pass --overwrite")
-    save_model(out, chosen(run, sigma_rel, step), overwrite=overwrite)
-    print(f"wrote {out}: draw with: ddim-jax sample {out}")
+    model = chosen(run, sigma_rel, step)
+    save_model(out, model, overwrite=overwrite)
+    made = model.facts["average"]
+    print(
+        f"wrote {out}: the average of σ_rel = {sigma_rel:g} at step {made['step']}, its profile "
+        f"within {made['profile_error']:.1%}; draw with: ddim-jax sample {out}"
+    )

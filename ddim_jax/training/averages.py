@@ -21,6 +21,7 @@ from ddim_jax.weights import Model, load_model
 
 FOLDER = "averages"
 SIGMA_RELS = (0.05, 0.10)  # those kept, which the authors chose
+MOST_ERROR = 0.1  # of a profile that may be called that average
 NAMES = [f"{sigma:g}" for sigma in SIGMA_RELS]
 
 
@@ -46,7 +47,7 @@ def exponent(sigma_rel: float) -> float:
     return float(max(roots.real[abs(roots.imag) < 1e-9]))
 
 
-def weights_of(sigma_rel: float, step: int, steps: np.ndarray) -> np.ndarray:
+def weights_of(sigma_rel: float, step: int, steps: np.ndarray) -> tuple[np.ndarray, float]:
     """How the stored averages add up to another, by least squares on their profiles: A x = b.
 
     ⟨p_a, p_b⟩ = (γ_a + 1)(γ_b + 1)/(γ_a + γ_b + 1) · n_a^γ_b / n_b^(γ_b + 1) for n_a ≤ n_b.
@@ -57,12 +58,13 @@ def weights_of(sigma_rel: float, step: int, steps: np.ndarray) -> np.ndarray:
       steps: (K,) at which the averages of `SIGMA_RELS` were stored, all ≤ n.
 
     Returns:
-      (K, 2) float64; where the average itself was stored it is taken.
+      (K, 2) float64, and ‖Σ x_k p_k − p‖/‖p‖ that is left: 0 for an average that was stored.
 
     Example:
-      >>> weights_of(0.10, 8, np.array([4, 8])).round(6) + 0.0
-      array([[0., 0.],
-             [0., 1.]])
+      >>> weights, error = weights_of(0.10, 8, np.array([4, 8]))
+      >>> weights.round(6) + 0.0, round(error, 4)
+      (array([[0., 0.],
+             [0., 1.]]), 0.0)
     """
     n = np.repeat(np.asarray(steps, np.float64), len(SIGMA_RELS)) / step
     g = np.tile([exponent(sigma) for sigma in SIGMA_RELS], len(steps))
@@ -73,10 +75,13 @@ def weights_of(sigma_rel: float, step: int, steps: np.ndarray) -> np.ndarray:
         later = np.where(first, g_b, g_a)  # the exponent of the one that ends later
         return (g_a + 1) * (g_b + 1) / (g_a + g_b + 1) * (low / high) ** later / high
 
-    rows, columns = (n[:, None], g[:, None]), (n[None], g[None])
-    wanted = inner(n, g, 1.0, exponent(sigma_rel))
-    products = inner(*rows, *columns)  # of near neighbours, which rcond keeps from growing
-    return np.linalg.lstsq(products, wanted, rcond=1e-9)[0].reshape(-1, len(SIGMA_RELS))
+    products = inner(n[:, None], g[:, None], n, g)
+    own, gamma = (exponent(sigma_rel) + 1) ** 2, exponent(sigma_rel)
+    wanted, norm = inner(n, g, 1.0, gamma), own / (2 * gamma + 1)
+    # Of many near neighbours there are many sums; rcond takes one of small weights.
+    x = np.linalg.lstsq(products, wanted, rcond=1e-9)[0]
+    left = max(1 - (2 * wanted - products @ x) @ x / norm, 0.0)
+    return x.reshape(-1, len(SIGMA_RELS)), float(np.sqrt(left))
 
 
 class Averages:
@@ -129,7 +134,8 @@ def average(run: str | os.PathLike[str], sigma_rel: float, step: int | None = No
       A `Model`.
 
     Raises:
-      ValueError: sigma_rel is out of range, or nothing (of this step) is stored.
+      ValueError: sigma_rel is out of range, nothing (of this step) is stored, or too little for
+        this width.
     """
     exponent(sigma_rel)
     files = {int(path.stem): path for path in sorted((pathlib.Path(run) / FOLDER).glob("*.saf*"))}
@@ -141,13 +147,23 @@ def average(run: str | os.PathLike[str], sigma_rel: float, step: int | None = No
         )
     step = max(files) if step is None else step
     steps = np.array([at for at in files if at <= step])
+    table, error = weights_of(sigma_rel, step, steps)
+    if error > MOST_ERROR:
+        raise ValueError(
+            f"of the averages of {len(steps)} steps one of sigma_rel = {sigma_rel:g} is not made: "
+            f"its profile would be {error:.0%} off. Go nearer to {' or '.join(NAMES)}; more "
+            "checkpoints store more"
+        )
     total: Any = None
-    for at, weights in zip(steps, weights_of(sigma_rel, step, steps)):
+    for at, weights in zip(steps, table):
         stored, _ = load_weights(files[at])
         for weight, tree in zip(weights, map(stored.get, NAMES)):
             part = jax.tree.map(lambda leaf, w=weight: w * leaf.astype(np.float64), tree)
             total = part if total is None else jax.tree.map(np.add, total, part)
     model = load_model(run)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), total)
-    facts = {**model.facts, "average": {"sigma_rel": sigma_rel, "step": step}}
+    facts = {
+        **model.facts,
+        "average": {"sigma_rel": sigma_rel, "step": step, "profile_error": error},
+    }
     return model._replace(params=params, facts=facts)
