@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddim_jax.networks.paper import PAPER
-from experiments.benchmarks import peers, sampling, training
+from experiments.benchmarks import parallel, peers, sampling, training
 
 WORDS = ["--small", "--no-memory", "--batch", "2", "--rounds", "2", "--dtype", "float32"]
 
@@ -82,3 +82,18 @@ def test_disagreement_is_relative_to_the_largest_pixel():
     ours, theirs = np.array([0.5, -4.0]), np.array([0.5, -3.0])
     assert sampling.disagreement(ours, theirs, clipped=False) == 0.25
     assert sampling.disagreement(ours, np.array([0.5, -1.0]), clipped=True) == 0.0
+
+
+def test_parallel_beside_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "network", lambda *_: 1.0)  # spares compiling it three times
+    path = tmp_path / "parallel.json"
+    parallel.main(["--steps", "4", "--window", "9", "--eta", "1", "--repeats", "1",
+                   "--tolerance", "1e-3", "--json", str(path)])  # fmt: skip
+    found = json.loads(path.read_text())["eta"]["1"]["windows"]
+    assert set(found) == {"4"}  # a window of 9 is all of τ
+    assert 1 <= found["4"]["rounds"] <= 4
+    assert found["4"]["differs"] < 1e-2
+    assert "| 4 | " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parallel.main(["--window", "0"])
+    assert "--window must be at least 1" in capsys.readouterr().err

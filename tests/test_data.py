@@ -41,6 +41,10 @@ def test_digits_are_all_of_scikit_learns():
     assert error.max() <= 0.5
     np.testing.assert_array_equal(arrays["label"], truth.target)
     assert (digits.num_classes, digits.image_shape, len(digits)) == (10, (8, 8, 1), 1797)
+    assert digits.label_names == tuple("0123456789")
+    for names in (("a", "b"), ("a",) * 10):
+        with pytest.raises(ValueError, match="must be 10 different names, .* of digits, got"):
+            dataclasses.replace(digits, label_names=names)
     np.testing.assert_array_equal(digits[1796]["image"], arrays["image"][1796])
     json.dumps(digits.provenance)
 

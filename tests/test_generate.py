@@ -174,7 +174,7 @@ def test_networks_that_predict_x_0_or_v(draw, prediction):
 
 
 def test_classes_cycle(draw):
-    folder = draw(model=toy(num_classes=3), labels="cycle")
+    folder = draw(model=toy(num_classes=3), labels="all")
     labels = np.arange(21) % 3
     model = toy()
     plain = ddim.sample(
@@ -182,7 +182,7 @@ def test_classes_cycle(draw):
     )
     np.testing.assert_array_equal(images(folder), to_uint8(plain))
     with pytest.warns(
-        UserWarning, match="has 3 classes and draws without any: choose labels=0...2"
+        UserWarning, match="has 3 classes, does not say .* asked for none: choose labels=0"
     ):
         without = images(draw("without", toy(num_classes=3)))
     np.testing.assert_array_equal(without, images(draw("plain")))
@@ -211,7 +211,7 @@ def test_one_class_and_guidance(draw):
     none = images(draw("none", model, labels=3)).astype(int)  # said to be none: no warning
     assert np.abs(none - np.asarray(expected(3))).max() <= 1
     with pytest.raises(ValueError, match=r"guidance: saved 2.5, now 2.0\n  labels: saved 2, now"):
-        draw("guided 2.5", model, labels="cycle", guidance=2.0)
+        draw("guided 2.5", model, labels="all", guidance=2.0)
 
 
 def test_the_images_are_as_oblong_as_the_model_s(draw):
@@ -232,7 +232,7 @@ def test_the_compiled_sampler_has_no_collective(digits):
     mesh = Mesh(np.array(jax.devices()), ("images",))
     function = make_draw(digits, mesh, ddim.timesteps(1000, 3), find_method("ddpm"))
     keys = jax.random.split(jax.random.key(0))
-    text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32), None, None)
+    text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32), *[None] * 3)
     assert "num_partitions=8" in text
     assert "f32[4,8,8,1]" in text  # a slice of 4 images on each of the 8
     assert "f32[32,8,8,1]" not in text
@@ -262,7 +262,7 @@ def test_it_is_traced_once_for_all_batches(draw):
     assert set(calls) == {(2, *SHAPE)}
 
 
-def test_another_class_or_guidance_compiles_nothing():
+def test_another_class_guidance_or_interval_compiles_nothing():
     calls = []
 
     def counted(params, x, t, labels):
@@ -274,9 +274,9 @@ def test_another_class_or_guidance_compiles_nothing():
     function = make_draw(model, mesh, np.array([5, 20]), find_method("ddim"))
     keys, numbers = jax.random.split(jax.random.key(0)), np.arange(2, dtype=np.uint32)
     once = []
-    for label, scale in [(0, 1.0), (2, 1.0), (2, 3.0)]:
-        labels = np.full(2, label, np.int32)
-        function(model.params, keys, numbers, labels, np.float32(scale))
+    for label, scale, interval in [(0, 1.0, (1, 9)), (2, 1.0, (1, 9)), (2, 3.0, (4, 5))]:
+        inputs = np.full(2, label, np.int32), np.float32(scale), np.array(interval, np.int32)
+        function(model.params, keys, numbers, *inputs)
         once = once or list(calls)
     assert calls == once
 
@@ -286,10 +286,11 @@ def test_one_batch_is_in_flight_while_the_last_is_fetched():
 
     def draw(batch):
         log.append(f"draw {batch[0]}")
-        return jnp.asarray(batch), jnp.asarray(batch >= 0)
+        batch = jnp.asarray(batch)
+        return drawing.Drawn(batch, batch >= 0, batch[:, None])
 
     for batch in drawing.batches_of(draw, np.arange(0, 5, dtype=np.uint32), 2, 1):
-        log.append(f"got {batch[0]}")
+        log.append(f"got {batch.images[0]}")
     assert log == ["draw 0", "draw 2", "got 0", "draw 4", "got 2", "got 4"]
 
 
@@ -592,13 +593,27 @@ def test_unreadable_settings(draw, tmp_path, text, error, says):
         ({"num_images": 0}, r"num_images must be in 1..2\*\*31 - 1, got 0"),
         ({"batch_size": 3}, "batch_size must divide shard_size.* 3 and 4"),
         ({"batch_size": 0}, "must divide"),
-        ({"labels": "cycle"}, "no classes: labels and guidance must be None, got 'cycle'"),
-        ({"guidance": 2.0}, "no classes: labels and guidance must be None, got None and 2.0"),
-        ({"labels": 4, "model": toy(num_classes=3)}, r"in 0\.\.2, 3 for none, or 'cycle', got 4"),
+        ({"labels": "all"}, "no classes: labels and guidance must be None, got labels='all'"),
+        ({"guidance": 2.0}, "no classes: labels and guidance must be None, got guidance=2.0"),
+        ({"labels": 4, "model": toy(num_classes=3)}, r"in 0\.\.2, 3 or 'none' .*, got 4"),
+        ({"labels": [], "model": toy(num_classes=3)}, "at least one class, got an empty list"),
+        ({"labels": [0, 9], "model": toy(num_classes=3)}, "got 9"),
+        ({"labels": [0, "cat"], "model": toy(num_classes=3)}, "unknown class 'cat'.*not stored"),
+        (
+            {"labels": 0, "guidance_interval": (1, 5), "model": toy(num_classes=3)},
+            "is for guidance",
+        ),
         ({"labels": -1, "model": toy(num_classes=3)}, "got -1"),
         ({"guidance": 2.0, "model": toy(num_classes=3)}, "guidance is towards a class"),
         ({"labels": 1, "guidance": np.nan, "model": toy(num_classes=3)}, "guidance must be finite"),
-        ({"labels": "random", "model": toy(num_classes=3)}, "got 'random'"),
+        ({"labels": "random", "model": toy(num_classes=3)}, "unknown class 'random'"),
+        *(
+            (
+                {"labels": 0, "guidance": 2.0, "guidance_interval": v, "model": toy(num_classes=3)},
+                r"1 <= lo <= hi <= T = 20, got ",
+            )
+            for v in [(9, 3), (0, 5), (5, 21)]
+        ),
         ({"steps": 21}, "S = 21 and T = 20"),
         ({"steps": [1, 5, 21]}, "tau must lie in 1..T = 1..20, got 1..21"),
         ({"steps": [0, 5, 20]}, "tau must lie in 1..T = 1..20, got 0..20"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import ddim_jax as ddim
 from ddim_jax.process import oracle
 from ddim_jax.sampling import (
+    autoguidance,
     classifier,
     classifier_free,
     classifier_free_labels,
@@ -79,6 +80,61 @@ def test_one_doubled_call_equals_two_calls(scale, interval):
     weight = np.where((interval is None) | ((T >= 20) & (T <= 500)), np.asarray(scale), 1)
     expected = (-1 + weight[:, None] * (np.asarray(labels)[:, None] + 1)) * X
     np.testing.assert_allclose(one(X, T), expected + T[:, None] / 1000, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x_0", "v"])
+def test_autoguidance_of_gaussians_whatever_is_predicted(kind):
+    """Scores add with the weights 1 − w and w: a float64 loop of Eq. 12 with their sum."""
+    tau, w = ddim.timesteps(1000, 20), 2.0
+
+    def as_kind(mean, variance):
+        exact = oracle.gaussian(SCHEDULE, mean, variance)
+
+        def network(x, t):
+            c = ddim.coefficients(SCHEDULE, t, t * 0)
+            return ddim.from_x0_eps(c, *ddim.to_x0_eps(c, x, exact(x, t)), kind)
+
+        return ddim.predicts(network, kind)
+
+    x_T = ddim.initial_noise(jax.random.key(0), 5, (2,))
+    guided = autoguidance(as_kind(0.5, 0.3), as_kind(0.2, 0.6), w)
+    assert guided.prediction.kind == kind
+    expected = reference.ddim_loop(
+        lambda x, t: w * gaussian_eps(x, [t], 0.5, 0.3) + (1 - w) * gaussian_eps(x, [t], 0.2, 0.6),
+        np.asarray(x_T), A, tau,
+    )  # fmt: skip
+    # The first step divides ε's rounding, times w, by √ᾱ_T = 0.006.
+    np.testing.assert_allclose(ddim.sample(guided, x_T, SCHEDULE, tau), expected, atol=2e-3)
+    limited = autoguidance(as_kind(0.5, 0.3), as_kind(0.2, 0.6), w, interval=(20, 500))
+    plain, inside = as_kind(0.5, 0.3)(X, T), np.asarray((T >= 20) & (T <= 500))
+    np.testing.assert_allclose(limited(X, T)[~inside], plain[~inside], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(limited(X, T)[inside], guided(X, T)[inside])
+
+
+@pytest.mark.parametrize("phi", [0.7, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]])
+def test_rescaled_guidance_has_the_contrast_of_the_conditional(phi):
+    """Lin et al. 2023, Eq. 14–16, in NumPy; of labels in one call the same."""
+    x, labels = np.asarray(X, np.float64), np.arange(1.0, 7.0)
+    cond, uncond = (y[:, None] * x + T[:, None] / 1000 for y in (labels, np.full(6, -1.0)))
+    guided = uncond + 3 * (cond - uncond)
+    share = np.asarray(phi) * cond.std(axis=1) / guided.std(axis=1)
+    expected = (share + 1 - np.asarray(phi))[:, None] * guided
+    options = {"scale": 3.0, "rescale": jnp.asarray(phi)}
+    one = classifier_free_labels(labelled, jnp.asarray(labels, jnp.float32), -1.0, **options)
+    two = classifier_free(
+        lambda x, t: labelled(x, t, jnp.asarray(labels, jnp.float32)),
+        lambda x, t: labelled(x, t, jnp.full(6, -1.0)),
+        **options,
+    )
+    for denoise in (one, two):
+        np.testing.assert_allclose(denoise(X, T), expected, rtol=1e-5, atol=1e-5)
+    if phi == 1.0:
+        np.testing.assert_allclose(np.std(two(X, T), axis=1), cond.std(axis=1), rtol=1e-5)
+
+
+def test_an_image_without_contrast_is_left_alone():
+    flat = classifier_free(lambda x, t: 2 * x, zero, 3.0, rescale=0.7)
+    np.testing.assert_array_equal(flat(ONES, TIMES), 6 * ONES)
 
 
 def test_labels_may_be_embeddings():
@@ -251,6 +307,19 @@ TAU = [10, 100]
         (lambda: classifier_free(zero, zero, np.ones((2, 2))), ValueError, "scalar"),
         (lambda: classifier_free(zero, zero, 1.0, interval=(9, 3)), ValueError, "lo <= hi"),
         (lambda: classifier_free(zero, zero, np.ones(3))(ONES, TIMES), ValueError, "3"),
+        (lambda: classifier_free(zero, zero, 2.0, rescale=1.5), ValueError, r"in \[0, 1\]"),
+        (lambda: classifier_free(zero, zero, 2.0, rescale=np.nan), ValueError, r"in \[0, 1\]"),
+        (
+            lambda: classifier_free(zero, zero, 2.0, rescale=np.ones(3))(ONES, TIMES),
+            ValueError,
+            "rescale is for",
+        ),
+        (
+            lambda: classifier_free(zero, zero, 2.0, rescale=np.ones((1, 2))),
+            ValueError,
+            "rescale must be a scalar",
+        ),
+        (lambda: autoguidance(zero, ddim.predicts(zero, "v"), 2.0), ValueError, "predict the same"),
         (
             lambda: classifier_free_labels(lambda x, t, y: x, TIMES[:1], 0, 1.0)(ONES, TIMES),
             ValueError,

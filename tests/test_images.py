@@ -228,8 +228,8 @@ def test_bad_input():
     for bad in (np.nan, np.inf):
         with pytest.raises(ValueError, match="finite values"):
             to_uint8(jnp.array([0.0, bad]))
-    for pixels in (np.zeros((2, 2), np.int32), np.zeros((2, 2, 1), np.uint8)):
-        with pytest.raises(ValueError, match=r"wants uint8 \(H, W, 3\), got"):
+    for pixels in (np.zeros((2, 2), np.int32), np.zeros((2, 2, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r"wants uint8 \(H, W, 1 or 3\), got"):
             save_png("no.png", pixels)
     for name in ("columns", "scale"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):

@@ -25,7 +25,7 @@ from ddim_jax.storage.checkpoint import (
 from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
 from ddim_jax.training.loop import fit
-from ddim_jax.training.resuming import check_same_run
+from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import Preempted, locked, writer
 from ddim_jax.training.step import TrainConfig
 from ddim_jax.training.summary import summarise
@@ -67,6 +67,22 @@ def unbroken(tmp_path_factory):
     """The final state and the log of a run of `make_config()`."""
     directory = tmp_path_factory.mktemp("unbroken")
     return train(directory), logged(directory)
+
+
+def test_a_run_keeps_the_names_of_its_classes(tmp_path):
+    """If it learns classes; and a run that was begun without the names, or norm_groups, goes on."""
+    dataset = dataclasses.replace(make_dataset(), label_names=tuple("abcdefghij"))
+    facts = {"model": {"channels": 32, "norm_groups": 32}}
+    for num_classes, names in ((10, list("abcdefghij")), (None, None)):
+        _, kept = check_run(dataset, make_config(), tmp_path, facts, num_classes)
+        assert kept.get("label_names") == names
+    before = {"train": kept["train"], "data": kept["data"], "prediction": "eps"}
+    before |= {"model": {"channels": 32}}
+    _, now = check_run(dataset, make_config(), tmp_path, facts, 10)
+    assert check_same_run(before, now) == []
+    now["model"]["norm_groups"] = 8
+    with pytest.raises(ValueError, match="model.norm_groups: saved 32, now 8"):
+        check_same_run(before, now)
 
 
 def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):

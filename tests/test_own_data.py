@@ -111,6 +111,8 @@ def test_every_layout_gives_the_same_batches(home, digits, transform):
     for kind in LAYOUTS:
         dataset = layout(home, kind, transform=transform)
         assert (dataset.num_classes, len(dataset)) == (10, NUMBER)
+        named = kind in ("pictures", "tfds")  # by folders, and by TFDS's own facts
+        assert dataset.label_names == (tuple("0123456789") if named else None)
         for got, wanted in zip(first(dataset, num_threads=1), (images, labels)):
             np.testing.assert_array_equal(got, wanted)
         assert json.loads(json.dumps(dataset.provenance)) == dataset.provenance

@@ -20,8 +20,9 @@ from ddim_jax.networks import unet
 from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import ScheduleConfig, predicts
 from ddim_jax.storage.checkpoint import Checkpoints
-from ddim_jax.storage.weights_file import HEADER_KEY, save_weights
+from ddim_jax.storage.weights_file import HEADER_KEY, load_weights, save_weights
 from ddim_jax.weights import load_model, save_diffusers, save_model, to_facts
+from ddim_jax.weights.pretrained import SHIPPED
 from ddim_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
@@ -269,6 +270,11 @@ def test_what_is_stored_can_be_replaced(tmp_path):
 def test_the_shipped_model():
     model = load_model("digits")
     assert (model.image_shape, model.prediction.kind) == ((8, 8, 1), "v")
+    _, saved = load_weights(SHIPPED / "digits.safetensors")
+    assert "norm_groups" not in saved["model"]  # it is older than that choice
+    assert (model.config.norm_groups, model.label_names) == (32, None)
+    labelled = load_model("digits-labels")
+    assert (labelled.config.norm_groups, labelled.label_names) == (8, tuple("0123456789"))
     with pytest.raises(ValueError, match="step=3 is for run folders"):
         load_model("digits", step=3)
     with pytest.raises(ValueError, match="one set of weights only"):

@@ -33,7 +33,7 @@ def prepared(tmp_path_factory):
         def _info(self):
             features = {
                 "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(num_classes=3),
+                "label": tfds.features.ClassLabel(names=["red", "green", "blue"]),
             }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features)
@@ -62,6 +62,7 @@ def test_tfds_images_and_labels(prepared, monkeypatch, cache_bytes):
     monkeypatch.setattr(reader, "CACHE_BYTES", cache_bytes)
     tiny = data.load("tiny_images", data_dir=prepared)
     assert (len(tiny), tiny.image_shape, tiny.num_classes) == (18, (6, 5, 3), 3)
+    assert tiny.label_names == ("red", "green", "blue")
     for _ in range(2):  # decoded, then kept
         arrays = tiny.arrays()
         values = arrays["image"][:, 0, 0, 0]

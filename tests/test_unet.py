@@ -62,10 +62,10 @@ def np_embedding(index, dim):
     return np.array([np.sin(index * f) for f in freq] + [np.cos(index * f) for f in freq])
 
 
-def np_norm(p, x):
+def np_norm(p, x, groups=32):
     out = np.empty_like(x)
-    size = x.shape[-1] // 32
-    for g in range(32):
+    size = x.shape[-1] // groups
+    for g in range(groups):
         part = x[..., g * size : (g + 1) * size]
         out[..., g * size : (g + 1) * size] = (part - part.mean()) / np.sqrt(part.var() + 1e-6)
     return out * p["scale"] + p["bias"]
@@ -242,6 +242,18 @@ def test_group_norm_keeps_its_digits_far_from_zero(mean):
     p = {"scale": np.linspace(0.5, 2, 64), "bias": np.linspace(-1, 1, 64)}
     want = np.array([np_norm(p, one) for one in x.astype(np.float64)])
     np.testing.assert_allclose(norm(x), want, atol=1e-5 if mean == 0 else 2e-3)
+
+
+def test_group_norm_of_other_groups():
+    """And why a narrow network with classes wants them: one channel alone forgets its constant."""
+    x = images(2, 4, 6, 24)
+    plain = {"scale": np.ones(24), "bias": np.zeros(24)}
+    for groups in (1, 8, 24):
+        want = np.array([np_norm(plain, one, groups) for one in x.astype(np.float64)])
+        np.testing.assert_allclose(GroupNorm(24, groups)(x), want, atol=1e-5)
+    moved = x + np.linspace(-1, 1, 24, dtype=np.float32)
+    np.testing.assert_allclose(GroupNorm(24, 24)(moved), GroupNorm(24, 24)(x), atol=1e-5)
+    assert abs(GroupNorm(24, 8)(moved) - GroupNorm(24, 8)(x)).max() > 0.1
 
 
 def test_group_norm_derivatives_of_first_and_second_order():
@@ -432,6 +444,8 @@ def test_the_network_is_exported_for_any_number_of_images():
     [
         ({"image_size": 30, "multipliers": (1, 1, 1)}, ValueError, "multiple of 4.*got 30.* 32"),
         ({"channels": 48}, ValueError, "multiple of 32.*got 48, try 64"),
+        ({"norm_groups": 7}, ValueError, "multiple of 7.*try "),
+        ({"norm_groups": 0}, ValueError, "norm_groups must be an int >= 1, got 0"),
         ({"channels": 64.0}, ValueError, "channels must be an int >= 1, got 64.0"),
         ({"image_size": 0}, ValueError, "image_size"),
         ({"image_size": (8, 9)}, ValueError, r"image_size\[1\] must be a multiple of 2.*got 9"),

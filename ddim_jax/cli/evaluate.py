@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ddim_jax.cli.options import check_writable
+from ddim_jax.cli.options import ClassOptions, check_writable, file_name
+from ddim_jax.data import of_classes
 from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure
 from ddim_jax.evaluation import parse_extractor, reference_statistics
+from ddim_jax.generation.condition import Labels, class_numbers
 from ddim_jax.generation.shards import iter_shards, read_settings
 from ddim_jax.training.presets import DataConfig
 
@@ -22,6 +24,7 @@ from ddim_jax.training.presets import DataConfig
 def evaluate(
     images: tyro.conf.Positional[pathlib.Path],
     data: str,
+    classes: ClassOptions,
     split: str = "train",
     crop: tuple[int, int, int, int] | None = None,
     resize: int | None = None,
@@ -33,6 +36,8 @@ def evaluate(
     blocks: int = 20,
 ) -> None:
     """Compare generated images with a data set: Fréchet distance, KID, precision and recall.
+
+    With --label or --labels it compares the images drawn of these classes with the data of them.
 
     Args:
       images: a folder of `ddim-jax generate`.
@@ -48,17 +53,23 @@ def evaluate(
       blocks: of the jackknife behind the standard error; 0 for none, which is faster.
     """
     make, kind = parse_extractor(extractor), extractor.partition(":")[0]
+    classes.check_classes()
     settings = read_settings(images)
-    number, shape = settings["num_images"], tuple(settings["image_shape"])
+    shape, asked = tuple(settings["image_shape"]), _numbers(classes.wanted, settings)
+    chosen = _chosen(settings, asked)
+    number = int(chosen.sum())
+    if not number:
+        raise ValueError(f"{images} holds no image of the classes {asked}")
     if blocks and not 2 <= blocks <= number // 2:
         raise ValueError(
             f"--blocks must be 0, or from 2 to half of the {number} images in {images}, "
             f"got {blocks}"
         )
     shards = iter_shards(images)
+    mark = "" if asked is None else file_name(f"-{classes.label or classes.labels}")
     path = path_of(data, data_dir)
     name = path.resolve().name if path else data.replace("/", "_")
-    file = reference or images.resolve().with_name(f"{name}-{split}-{kind}.npz")
+    file = reference or images.resolve().with_name(f"{name}-{split}{mark}-{kind}.npz")
     check_writable(file)
     dataset = DataConfig(data, split, crop, resize, background=background, channels=channels).load(
         data_dir
@@ -68,15 +79,39 @@ def evaluate(
             f"{images} holds images {shape}, {data} {dataset.image_shape}: name the data that the "
             "model learned from, with --crop and --resize as in training"
         )
+    if asked is not None:
+        dataset = of_classes(dataset, asked)
     features = make()
     statistics = reference_statistics(file, dataset, features, progress=True)
-    print(measure(_shown(shards, number), statistics, features, blocks=blocks, progress=True))
+    print(measure(_shown(shards, chosen), statistics, features, blocks=blocks, progress=True))
 
 
-def _shown(shards: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
-    """The images, a hundred at a time, with a bar."""
-    with tqdm(total=total, unit="image", desc="samples", delay=1) as bar:
+def _numbers(wanted: Labels, settings: dict[str, Any]) -> tuple[int, ...] | None:
+    """The numbers of the classes asked for, as the model of the images names them."""
+    model = settings.get("model", {})
+    count = model.get("model", {}).get("num_classes")
+    if wanted is None:
+        return None
+    if count is None or settings.get("labels") is None:
+        raise ValueError("the images were drawn without classes: leave out --label and --labels")
+    return class_numbers(wanted, count, model.get("label_names"))
+
+
+def _chosen(settings: dict[str, Any], asked: tuple[int, ...] | None) -> np.ndarray:
+    """(n,) bool: which images of the folder are of the classes asked for."""
+    number = settings["num_images"]
+    if asked is None:
+        return np.ones(number, bool)
+    return np.isin(np.resize(settings["labels"], number), asked)
+
+
+def _shown(shards: Iterable[np.ndarray], chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """The chosen images, a hundred at a time, with a bar."""
+    start = 0
+    with tqdm(total=int(chosen.sum()), unit="image", desc="samples", delay=1) as bar:
         for shard in shards:
-            for part in np.array_split(shard, math.ceil(len(shard) / 100)):
+            some = shard[chosen[start : start + len(shard)]]
+            start += len(shard)
+            for part in np.array_split(some, math.ceil(len(some) / 100) or 1):
                 yield part
                 bar.update(len(part))

@@ -34,7 +34,7 @@ def generate(
     module.check_sizes(num_images, batch_size, shard_size)
     check_writable(out / "settings.json")
     processes.join()
-    loaded = source.load(model)
+    loaded = source.load(sampling.model(model))
     module.generate(
         loaded,
         out,
@@ -43,8 +43,9 @@ def generate(
         sampling.eta,
         method=sampling.method,
         clip=sampling.clip,
-        labels=sampling.labels,
+        labels=sampling.wanted,
         guidance=sampling.guidance,
+        guidance_interval=sampling.interval(loaded.schedule.num_steps),
         seed=sampling.seed,
         batch_size=batch_size,
         shard_size=shard_size,

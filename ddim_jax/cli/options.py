@@ -6,20 +6,25 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
+from fractions import Fraction
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tyro
 
-from ddim_jax.generation.drawing import Labels
+from ddim_jax.generation.condition import Condition, Labels, condition
 from ddim_jax.process import Schedule, ScheduleConfig, as_timesteps, timesteps
 from ddim_jax.sampling import Method, find_method
+from ddim_jax.storage.files import portable
 from ddim_jax.training import parallel
 from ddim_jax.weights import Model, load_model
+from ddim_jax.weights.pretrained import with_classes
 
 Spacing = Literal[
     "linear", "quadratic", "uniform", "quad", "leading", "trailing", "linspace", "logsnr"
 ]
+CONDITION = ("label", "labels", "guidance", "guidance_interval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,16 @@ class Source:
             name: value for name, value in dataclasses.asdict(self).items() if value is not None
         }
 
+    def words(self) -> list[str]:
+        """The options that say all of this."""
+        pairs = ([f"--{name.replace('_', '-')}", value] for name, value in self.given().items())
+        flat = (
+            v
+            for option, value in pairs
+            for v in (option, *(value if isinstance(value, tuple) else [value]))
+        )
+        return [portable(str(word)) for word in flat]
+
     def load(self, model: str) -> Model:
         given = self.given()
         if self.schedule:
@@ -54,7 +69,39 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Classes:
+    """Which classes.
+
+    Attributes:
+      label: of a model with classes, that of all images: a number, a name, or none.
+      labels: or several classes in turn over the images' numbers, such as 0,1,2 or cat,dog, or all.
+    """
+
+    label: str | None = None
+    labels: str | None = None
+
+    @property
+    def wanted(self) -> Labels:
+        """The labels, as `generate` takes them."""
+        if self.labels is None or self.labels == "all":
+            return self.label if self.labels is None else "all"
+        return self.labels.split(",")
+
+    def check_classes(self) -> None:
+        """What can be checked without the model."""
+        if self.labels is not None and self.label is not None:
+            raise ValueError(
+                f"give --label or --labels, not both, got --label {self.label} and --labels "
+                f"{self.labels}"
+            )
+        for name in ("label", "labels"):
+            given = getattr(self, name)
+            if given is not None and "" in ([given] if name == "label" else given.split(",")):
+                raise ValueError(f"--{name} holds an empty name, got {given!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Classes):
     """How to draw.
 
     Attributes:
@@ -64,9 +111,9 @@ class Sampling:
       spacing: of τ.
       tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
-      label: of a model with K classes, the class of all images, in 0..K; K means none.
-      cycle_labels: of a model with K classes, image k gets class k mod K.
       guidance: classifier-free, w, for images with classes: 1 is conditional, more is guided.
+      guidance_interval: LO,HI: guide there only; whole numbers are t of 1..T, others parts of T,
+        such as 0.2,0.8.
       seed: of x_T and of the noise.
     """
 
@@ -76,27 +123,54 @@ class Sampling:
     spacing: Spacing = "linear"
     tau: str | None = None
     clip: bool = False
-    label: int | None = None
-    cycle_labels: bool = False
     guidance: float | None = None
+    guidance_interval: str | None = None
     seed: int = 0
 
     def __str__(self) -> str:
         how = f"eta = {self.eta:g}" if self.method == "ddim" else self.method
-        return f"{f'tau {self.tau}' if self.tau else f'S = {self.steps}'}, {how}, seed {self.seed}"
-
-    @property
-    def labels(self) -> Labels:
-        """As `generate` takes them."""
-        return "cycle" if self.cycle_labels else self.label
+        asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
+        parts = [f"tau {self.tau}" if self.tau else f"S = {self.steps}", how]
+        parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
+        return ", ".join([*parts, f"seed {self.seed}"])
 
     @property
     def stem(self) -> str:
         """The part of a file name that says how it was drawn."""
-        label = "" if self.label is None else f"-label{self.label}"
+        names = {"label": "label", "labels": "labels", "guidance": "w", "guidance_interval": "in"}
+        asked = {short: getattr(self, name) for name, short in names.items()}
+        marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
         steps = len(_numbers(self.tau)) if self.tau else self.steps
         how = f"eta{self.eta:g}" if self.method == "ddim" else self.method.replace(":", ".")
-        return f"{label}-S{steps}-{how}-seed{self.seed}"
+        return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
+
+    def words(self) -> list[str]:
+        """The options that say all of this but the classes."""
+        defaults, words = Sampling(), list[str]()
+        for name, value in dataclasses.asdict(self).items():
+            if name in ("label", "labels") or value == getattr(defaults, name):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, portable(_short(value))]
+        return words
+
+    def interval(self, num_steps: int) -> tuple[int, int] | None:
+        """The guidance interval in t of 1..T: of parts of T, the t with lo ≤ t/T ≤ hi."""
+        if self.guidance_interval is None:
+            return None
+        low, high = _pair(self.guidance_interval)
+        if low.denominator == high.denominator == 1 and "." not in self.guidance_interval:
+            return int(low), int(high)
+        return max(1, math.ceil(low * num_steps)), math.floor(high * num_steps)
+
+    def model(self, name: str) -> str:
+        """The model to load: of a shipped one that has no classes the one that has, if need be."""
+        return name if self.wanted is None else with_classes(name)
+
+    def condition(self, model: Model) -> Condition:
+        """Classes and guidance, checked against the model."""
+        interval = self.interval(model.schedule.num_steps)
+        return condition(model, self.wanted, self.guidance, interval)
 
     def timesteps(self, schedule: Schedule) -> np.ndarray:
         """τ, as asked for."""
@@ -116,10 +190,15 @@ class Sampling:
             _numbers(self.tau)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be in 0..2**32 - 1, got {self.seed}")
-        if self.cycle_labels and self.label is not None:
-            raise ValueError(f"give --label or --cycle-labels, not both, got --label {self.label}")
-        if self.guidance is not None and self.labels is None:
-            raise ValueError("--guidance is towards a class: give --label or --cycle-labels too")
+        self.check_classes()
+        if self.guidance is not None and self.wanted is None:
+            raise ValueError("--guidance is towards a class: give --label or --labels too")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"--guidance must be finite, got {self.guidance}")
+        if self.guidance_interval is not None:
+            _pair(self.guidance_interval)
+            if self.guidance is None:
+                raise ValueError("--guidance-interval is for guidance: give --guidance too")
         return find_method(self.method, self.eta)
 
 
@@ -142,6 +221,7 @@ class Processes:
 
 
 SourceOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Source]
+ClassOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Classes]
 SamplingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Sampling]
 ProcessOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Processes]
 
@@ -170,6 +250,40 @@ def _numbers(tau: str) -> np.ndarray:
         raise ValueError(
             f"--tau takes whole numbers, such as 1,10,100, or a file of them, got {tau!r}"
         ) from None
+
+
+def _short(value: Any) -> str:
+    """A value as one would type it: 2 for 2.0."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def _pair(interval: str) -> tuple[Fraction, Fraction]:
+    """The two numbers of --guidance-interval, exactly."""
+    try:
+        low, high = (Fraction(word.strip()) for word in interval.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"--guidance-interval takes two numbers, such as 0.2,0.8 or 200,800, got {interval!r}"
+        ) from None
+    if "." in interval and not 0 <= min(low, high) <= max(low, high) <= 1:
+        raise ValueError(
+            "--guidance-interval has parts of T in 0..1, or whole numbers, which are t, got "
+            f"{interval}"
+        )
+    if low > high:
+        raise ValueError(f"--guidance-interval must go from low to high, got {interval}")
+    return low, high
+
+
+def file_name(text: str) -> str:
+    """The text with what does not belong into the name of a file as an underscore.
+
+    Example:
+      >>> file_name("-labels0,1-S50"), file_name("polar bear/white")
+      ('-labels0,1-S50', 'polar_bear_white')
+    """
+    return re.sub(r"[^\w.,=-]+", "_", text)
 
 
 def check_writable(path: pathlib.Path) -> None:

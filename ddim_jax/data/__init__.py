@@ -1,6 +1,6 @@
 """Data sets, and batches of them by number."""
 
-from ddim_jax.data.dataset import Dataset, hold_out
+from ddim_jax.data.dataset import Dataset, hold_out, of_classes
 from ddim_jax.data.files import from_arrays
 from ddim_jax.data.index import changes
 from ddim_jax.data.inspecting import inspect

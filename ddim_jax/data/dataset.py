@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +28,7 @@ class Dataset:
       read: int array (n,) of indices in 0..N−1 -> uint8 (n, H, W, C) and int32 (n,).
       unreadable: index -> reason of each record that `read` had to replace; `read` fills it.
       held_out: the images kept apart from these by `hold_out`, None where none are.
+      label_names: what the classes 0..num_classes−1 are called, None where it is not known.
 
     Example:
       >>> from ddim_jax.data import load
@@ -45,7 +46,16 @@ class Dataset:
     read: Take = dataclasses.field(repr=False)
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
     held_out: "Dataset | None" = dataclasses.field(default=None, repr=False)
+    label_names: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
     _warned: set[int] = dataclasses.field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        names = self.label_names
+        if names is not None and (len(names) != self.num_classes or len({*names}) < len(names)):
+            raise ValueError(
+                f"label_names must be {self.num_classes} different names, one for each class of "
+                f"{self.name}, got {names}"
+            )
 
     @property
     def skipped(self) -> list[int]:
@@ -143,6 +153,28 @@ def hold_out(dataset: Dataset, holdout: float) -> Dataset:
         )
 
     return part("training", np.sort(order[number:]), part("held_out", np.sort(order[:number])))
+
+
+def of_classes(dataset: Dataset, classes: Sequence[int]) -> Dataset:
+    """The images of some classes, in their order; all labels are read first.
+
+    Raises:
+      ValueError: there are none.
+
+    Example:
+      >>> from ddim_jax.data import load
+      >>> len(of_classes(load("digits"), [0, 1]))
+      360
+    """
+    chosen = np.flatnonzero(np.isin(dataset.arrays()["label"], classes))
+    if not len(chosen):
+        raise ValueError(f"{dataset.name} {dataset.split} has no image of the classes {classes}")
+    return dataclasses.replace(
+        dataset,
+        size=len(chosen),
+        provenance={**dataset.provenance, "only": sorted({*map(int, classes)})},
+        read=functools.partial(_read_part, dataset.read, chosen),
+    )
 
 
 def _read_part(

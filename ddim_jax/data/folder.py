@@ -150,7 +150,8 @@ def load_folder(folder: pathlib.Path, name: str, split: str, choices: Choices) -
         provenance |= {"labels": "folders", "classes": classes}
     channels = choices.channels_of(kinds)
     records = Pictures(Files(folder, paths), paths, labels, channels, choices.colour)
-    return dataset_of(records, name, split, choices.transform, len(classes) or None, provenance)
+    count, names = len(classes) or None, tuple(classes) or None
+    return dataset_of(records, name, split, choices.transform, count, provenance, names)
 
 
 def dataset_of(
@@ -160,11 +161,13 @@ def dataset_of(
     transform: Transform | None,
     num_classes: int | None,
     provenance: dict[str, Any],
+    label_names: tuple[str, ...] | None = None,
 ) -> Dataset:
     """The data set of some records."""
     read = Reader(records, f"{name} {split}", transform)
     size, shape = len(records), read.shape
-    return Dataset(name, split, size, shape, num_classes, provenance, read, read.unreadable)
+    facts = name, split, size, shape, num_classes, provenance
+    return Dataset(*facts, read, read.unreadable, label_names=label_names)
 
 
 def refusals(index: Index, choices: Choices) -> dict[str, str]:

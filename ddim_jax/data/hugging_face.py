@@ -90,7 +90,7 @@ def _opened(table: Any, name: str, split: str, choices: Choices) -> Dataset:
         there = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
         raise ValueError(f"{name} has {len(images)} columns of pictures, one is wanted: {there}")
     table = table.cast_column(images[0], datasets.Image(decode=False))
-    labels, num_classes = _labels(table, name, choices.labels, datasets)
+    labels, num_classes, names = _labels(table, name, choices.labels, datasets)
     content = Column(table, images[0])
     looked = list(look(content, range(len(table)), f"looking at {name}"))
     refused = {}
@@ -117,24 +117,25 @@ def _opened(table: Any, name: str, split: str, choices: Choices) -> Dataset:
     rows = [f"row {i}" for i in kept]
     channels = choices.channels_of(kinds)
     records = Pictures(content, rows, labels[kept], channels, choices.colour)
-    return dataset_of(records, name, split, choices.transform, num_classes, provenance)
+    return dataset_of(records, name, split, choices.transform, num_classes, provenance, names)
 
 
 def _labels(
     table: Any, name: str, wanted: str | None, datasets: Any
-) -> tuple[np.ndarray, int | None]:
-    """Labels and the number of classes: of the column asked for, or of the only one of classes."""
+) -> tuple[np.ndarray, int | None, tuple[str, ...] | None]:
+    """Labels, the number of classes and their names: of the column asked for, or the only one."""
     classes = [
         k for k, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)
     ]
     column = wanted if wanted is not None else classes[0] if len(classes) == 1 else None
     if column is None:
-        return np.full(len(table), -1, np.int32), None
+        return np.full(len(table), -1, np.int32), None, None
     if column not in table.features:
         raise ValueError(f"{name} has no column {column!r}; it has {', '.join(table.features)}")
     values = np.asarray(table[column][:])
     if values.dtype.kind not in "iu" or values.min() < 0:
         raise ValueError(f"column {column!r} of {name} is no class 0, 1, 2, … in each row")
     feature = table.features[column]
-    known = feature.num_classes if column in classes else int(values.max()) + 1
-    return values.astype(np.int32), known
+    if column in classes:
+        return values.astype(np.int32), feature.num_classes, tuple(feature.names)
+    return values.astype(np.int32), int(values.max()) + 1, None

@@ -178,6 +178,7 @@ def _prepared(
         provenance=provenance,
         read=read,
         unreadable=read.unreadable,
+        label_names=records.label_names,
     )
 
 
@@ -219,4 +220,5 @@ def _digits(split: str, transform: Transform | None) -> Dataset:
         num_classes=10,
         provenance=provenance,
         read=Rows(images, labels, 0).take,
+        label_names=tuple("0123456789"),
     )

@@ -23,6 +23,7 @@ class Records:
     full_name: str  # with configuration and version
     num_classes: int | None
     channels: int | None  # 1 or 3; None where each file decides
+    label_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -68,8 +69,10 @@ def records(name: str, split: str, data_dir: pathlib.Path) -> Records:
         raise ValueError(f"{name!r} has no feature 'image'; it has {', '.join(sorted(features))}")
     if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3, None):
         raise ValueError(f"{name!r} has images {image}; uint8 with 1 or 3 channels can be read")
-    num_classes = getattr(features.get("label"), "num_classes", None)
-    return Records(source, builder.info.full_name, num_classes, image.shape[-1])
+    label = features.get("label")
+    num_classes, names = (getattr(label, name, None) for name in ("num_classes", "names"))
+    title = builder.info.full_name
+    return Records(source, title, num_classes, image.shape[-1], tuple(names) if names else None)
 
 
 def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 import sys
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from ddim_jax.arrays import Array, image_keys
+from ddim_jax.generation.condition import Condition
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process import predicts
 from ddim_jax.process.prediction import Predictor
@@ -26,12 +26,19 @@ from ddim_jax.sampling import (
     classifier_free_labels,
     clip_x0,
     initial_noise,
-    make_sampler,
 )
+from ddim_jax.sampling.plan import run
 from ddim_jax.weights import Model
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
-Labels = Literal["cycle"] | int | None
+
+
+class Drawn(NamedTuple):
+    """A batch of images, on the devices or fetched."""
+
+    images: Array  # (n, H, W, C) uint8
+    finite: Array  # (n,) bool
+    path: Array  # (n, K, H, W, C) uint8, x̂_0 at the steps kept, in the order of sampling
 
 
 def make_draw(
@@ -41,8 +48,9 @@ def make_draw(
     method: Method,
     *,
     clip: bool = False,
-) -> Callable[..., tuple[Array, Array]]:
-    """A jitted `(params, keys, numbers, labels, guidance) → (images, finite)`, spread over a mesh.
+    keep: np.ndarray | None = None,
+) -> Callable[..., Drawn]:
+    """A jitted function of image numbers, spread over a mesh.
 
     Each device draws its own slice of `numbers` from beginning to end: no collective.
 
@@ -51,52 +59,99 @@ def make_draw(
       mesh: n devices on one axis, "images".
       tau, method: as in `sample`.
       clip: as in `generate`.
+      keep: (S,) bool, the steps whose x̂_0 are wanted too; None for none of them.
 
     Returns:
-      A function of the weights, keys (2,) for x_T and the noise, numbers (n·b,) uint32, labels
-      (n·b,) int32 or None, and the guidance scale or None, returning images (n·b, H, W, C) uint8,
-      and whether each was finite (n·b,).
+      `(params, keys, numbers, labels, guidance, interval) → Drawn`: the weights, keys (2,) for x_T
+      and the noise, numbers (n·b,) uint32, and labels (n·b,) int32, the guidance scale and its
+      interval (2,) int32, each of them or None. All are traced.
 
     Raises:
       ValueError: as `sample`.
     """
-    sampler = make_sampler(conditioned(model, clip), tau, method=method)
-    noisy = method(model.schedule, tau).steps.sigma is not None
+    network = conditioned(model, clip)
+    plan = method(model.schedule, tau)
+    network.prediction.check(plan.told or plan.steps)
+    noisy = plan.steps.sigma is not None
+    keep = np.zeros(len(tau), bool) if keep is None else keep
 
-    def draw(
-        params: Any, keys: Array, numbers: Array, labels: Array | None, guidance: Array | None
-    ) -> tuple[Array, Array]:
+    def draw(params: Any, keys: Array, numbers: Array, *inputs: Array | None) -> Drawn:
         x_T = initial_noise(keys[0], numbers, model.image_shape)
         key = image_keys(keys[1], numbers) if noisy else None
-        x_0 = sampler(x_T, key, params=params, labels=labels, guidance=guidance)
-        return to_uint8(x_0), jnp.isfinite(x_0).all((1, 2, 3))
+        condition = dict(zip(("labels", "guidance", "interval"), inputs, strict=True))
+        denoise = partial(network.apply_fn, params, **condition)
+        x_0, (_, path) = run(denoise, x_T, plan, key, keep)
+        return Drawn(to_uint8(x_0), jnp.isfinite(x_0).all((1, 2, 3)), to_uint8(path).swapaxes(0, 1))
 
-    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE)
+    specs = (WHOLE, WHOLE, SPLIT, SPLIT, WHOLE, WHOLE)
     spread = jax.shard_map(draw, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
     return jax.jit(spread, in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs))
 
 
+def make_drawer(
+    model: Model,
+    tau: np.ndarray,
+    method: Method,
+    condition: Condition,
+    seed: int,
+    *,
+    clip: bool = False,
+    keep: np.ndarray | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[Callable[[np.ndarray], Drawn], int]:
+    """`make_draw` with everything put in its place: (numbers → Drawn, number of devices).
+
+    Args:
+      model, tau, method, clip, keep: as in `make_draw`.
+      condition: classes and guidance.
+      seed: of x_T and of the noise.
+      devices: to draw on; all of this process by default.
+
+    Returns:
+      What `batches_of` takes: a function of numbers (n·b,) uint32, and n.
+    """
+    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("images",))
+    draw = make_draw(model, mesh, tau, method, clip=clip, keep=keep)
+    whole, split = NamedSharding(mesh, WHOLE), NamedSharding(mesh, SPLIT)
+    scale = None if condition.guidance is None else np.float32(condition.guidance)
+    interval = None if condition.interval is None else np.array(condition.interval, np.int32)
+    keys = jax.random.split(jax.random.key(seed))
+    params, keys, scale, interval = jax.device_put((model.params, keys, scale, interval), whole)
+
+    def of(numbers: np.ndarray) -> Drawn:
+        placed = jax.device_put((numbers, condition.of(numbers)), split)
+        return draw(params, keys, *placed, scale, interval)
+
+    return of, mesh.size
+
+
 def conditioned(model: Model, clip: bool = False) -> Model:
-    """The model whose apply_fn also takes labels and a guidance scale, both of them traced.
+    """The model whose apply_fn also takes labels, a guidance scale and its interval, all traced.
 
     Args:
       model: see `load_model`.
       clip: clip each x̂_0 to [−1, 1].
 
     Returns:
-      A `Model` with apply_fn (params, x, t, labels=None, guidance=None), for `make_sampler`; labels
-      (B,) int32 or None for none, guidance a scale or None for labels alone.
+      A `Model` with apply_fn (params, x, t, labels=None, guidance=None, interval=None), for
+      `make_sampler`; labels (B,) int32 or None for none, guidance a scale or None for labels
+      alone, interval (2,) in t or None for everywhere.
 
     Example:
       >>> import ddim_jax as ddim
-      >>> model = conditioned(ddim.load_model("digits"))
+      >>> model = conditioned(ddim.load_model("digits-labels"))
       >>> sampler = ddim.make_sampler(model, [10, 1000])
-      >>> sampler(jnp.ones((1, *model.image_shape)), labels=None).shape
+      >>> sampler(jnp.ones((1, *model.image_shape)), labels=np.array([3]), guidance=2.0).shape
       (1, 8, 8, 1)
     """
 
     def apply_fn(
-        params: Any, x: Array, t: Array, labels: Array | None = None, guidance: Any = None
+        params: Any,
+        x: Array,
+        t: Array,
+        labels: Array | None = None,
+        guidance: Any = None,
+        interval: Any = None,
     ) -> Array:
         if labels is None:
             return model.apply_fn(params, x, t)
@@ -107,55 +162,11 @@ def conditioned(model: Model, clip: bool = False) -> Model:
         if guidance is None:
             return network(x, t, labels)
         none = jnp.int32(model.config.num_classes)
-        return classifier_free_labels(network, labels, none, guidance)(x, t)
+        guided = classifier_free_labels(network, labels, none, guidance, interval=interval)
+        return guided(x, t)
 
     taking = model._replace(apply_fn=Predictor(apply_fn, model.prediction))
     return predicts(taking, x0_fn=clip_x0(1.0)) if clip else taking
-
-
-def check_condition(
-    model: Model, labels: Labels, guidance: float | None
-) -> tuple[Labels, float | None]:
-    """`labels` and `guidance` as `generate` takes them, checked against the model.
-
-    Raises:
-      ValueError: the model has no classes, there is no such class, or there is nothing to guide.
-    """
-    num_classes = model.config.num_classes
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
-    if num_classes is None and (labels, guidance) != (None, None):
-        raise ValueError(
-            f"the model has no classes: labels and guidance must be None, got {labels!r} and "
-            f"{guidance!r}"
-        )
-    if num_classes is None:
-        return None, None
-    if labels is None and guidance is not None:
-        raise ValueError("guidance is towards a class: give labels (--label, --cycle-labels) too")
-    if labels is None:
-        warnings.warn(
-            f"the model has {num_classes} classes and draws without any: choose labels=0..."
-            f"{num_classes - 1} or 'cycle' (--label, --cycle-labels), or {num_classes}, which "
-            "means none",
-            stacklevel=3,
-        )
-    elif labels != "cycle" and labels not in range(num_classes + 1):
-        raise ValueError(
-            f"labels must be a class in 0..{num_classes - 1}, {num_classes} for none, or 'cycle', "
-            f"got {labels!r}"
-        )
-    else:
-        labels = labels if labels == "cycle" else int(labels)
-    return labels, None if guidance is None else float(guidance)
-
-
-def label_of(model: Model, labels: Labels, numbers: np.ndarray) -> np.ndarray | None:
-    """The classes (n,) int32 of the images of these numbers, None where labels is None."""
-    if labels is None:
-        return None
-    each = numbers % (model.config.num_classes or 1) if labels == "cycle" else labels
-    return np.broadcast_to(each, numbers.shape).astype(np.int32)
 
 
 def wait(arrays: Any, bar: tqdm | None = None) -> None:
@@ -168,8 +179,12 @@ def wait(arrays: Any, bar: tqdm | None = None) -> None:
 
 
 def batches_of(
-    draw: Callable[[np.ndarray], tuple[Array, Array]], numbers: np.ndarray, size: int, devices: int
-) -> Iterator[np.ndarray]:
+    draw: Callable[[np.ndarray], Drawn],
+    numbers: np.ndarray,
+    size: int,
+    devices: int,
+    bar: tqdm | None = None,
+) -> Iterator[Drawn]:
     """The images of `numbers`, which ascend; each batch is fetched while the next is computed.
 
     A batch is a block of `size` consecutive numbers for each device, whole blocks always: image k
@@ -177,13 +192,13 @@ def batches_of(
     """
     computing: deque[tuple[np.ndarray, Any]] = deque()
 
-    def fetch() -> np.ndarray:
+    def fetch() -> Drawn:
         batch, result = computing.popleft()
-        wait(result)
-        images, finite = jax.device_get(result)
+        wait(result, bar)
+        drawn = jax.device_get(result)
         wanted = np.isin(batch, numbers)
-        check_finite(batch[wanted & ~finite])
-        return images[wanted]
+        check_finite(batch[wanted & ~drawn.finite])
+        return Drawn(*(part[wanted] for part in drawn))
 
     blocks = np.unique(numbers // np.uint32(size))
     padding = blocks[-1] + np.arange(1, 1 + -len(blocks) % devices, dtype=np.uint32)

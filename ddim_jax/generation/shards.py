@@ -8,7 +8,6 @@ settings remember the earlier totals, at which a shard ends too.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -21,18 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from ddim_jax.generation.drawing import (
-    SPLIT,
-    WHOLE,
-    Labels,
-    batches_of,
-    check_condition,
-    label_of,
-    make_draw,
-)
+from ddim_jax.generation.condition import Labels, condition
+from ddim_jax.generation.drawing import batches_of, make_drawer
 from ddim_jax.process import Schedule, as_timesteps, timesteps
 from ddim_jax.sampling import (
     find_method,
@@ -57,6 +48,7 @@ def generate(
     clip: bool = False,
     labels: Labels = None,
     guidance: float | None = None,
+    guidance_interval: tuple[int, int] | None = None,
     seed: int = 0,
     batch_size: int = 100,
     shard_size: int = 1000,
@@ -84,10 +76,11 @@ def generate(
         "module:function" of your own.
       spacing: of the S steps; see `timesteps`.
       clip: clip each x̂_0 to [−1, 1].
-      labels: of a model with K classes. An int is the class of all images, in 0..K, K for none;
-        "cycle" gives image k the class k mod K; None draws without a class, with a warning.
+      labels: of a model with K classes: a class by number or name, or a list of them, such that
+        image k has the k-th in turn; "all" for all K in turn; "none", K or None for none.
       guidance: the scale w of `classifier_free_labels`, for images with labels: 1 is conditional,
         more is guided. None calls the network once a step, any number twice.
+      guidance_interval: (lo, hi): guide where lo ≤ t ≤ hi only; t is in 1..T.
       seed: of x_T and of the noise; image k is image k of `ddim-jax sample` with this seed.
       batch_size: images at a time on each device; must divide `shard_size`.
       shard_size: images in a file.
@@ -120,11 +113,11 @@ def generate(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
     check_sizes(num_images, batch_size, shard_size)
-    labels, guidance = check_condition(model, labels, guidance)
+    asked = condition(model, labels, guidance, guidance_interval)
     tau = _tau(model.schedule, steps, spacing)
-    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), ("images",))
-    draw = make_draw(model, mesh, tau, find_method(method, eta), clip=clip)
-    keys = jax.random.split(jax.random.key(seed))
+    draw, spread = make_drawer(
+        model, tau, find_method(method, eta), asked, seed, clip=clip, devices=devices
+    )
 
     directory = pathlib.Path(directory)
     settings = {
@@ -138,8 +131,9 @@ def generate(
         "tau": tau.tolist(),
         "method": method,
         "clip": clip,
-        "labels": labels,
-        "guidance": guidance,
+        "labels": asked.labels[0] if asked.labels and len(asked.labels) == 1 else asked.labels,
+        "guidance": asked.guidance,
+        **({"guidance_interval": asked.interval} if asked.interval else {}),
         "sha256": _digest({"params": model.params, "alpha_bar": model.schedule.alpha_bar}),
         "model": {
             **model.facts,
@@ -162,21 +156,12 @@ def generate(
         return directory
 
     numbers = np.concatenate([np.asarray(n, np.uint32) for _, n in missing])
-    whole, split = NamedSharding(mesh, WHOLE), NamedSharding(mesh, SPLIT)
-    scale = None if guidance is None else np.float32(guidance)
-    params, keys, scale = jax.device_put((model.params, keys, scale), whole)
-    classes = functools.partial(label_of, model, labels)
-    drawn = batches_of(
-        lambda batch: draw(params, keys, *jax.device_put((batch, classes(batch)), split), scale),
-        numbers,
-        batch_size,
-        mesh.size,
-    )
+    drawn = batches_of(draw, numbers, batch_size, spread)
     held = np.empty((0, *model.image_shape), np.uint8)
     total = sum(len(n) for _, n in mine)
     silent = not progress or jax.process_index() > 0
     with tqdm(total=total, initial=total - len(numbers), unit="image", disable=silent) as bar:
-        for images in drawn:
+        for images, *_ in drawn:
             held = np.concatenate([held, images])
             while missing and len(held) >= len(missing[0][1]):
                 name, which = missing.pop(0)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 Params = dict[str, Any]  # nested, string keys, float32 leaves
-NUM_GROUPS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class UNetConfig:
         image_size: side in pixels of square images, or (height, width); multiples of
             2**(len(multipliers) - 1). The weights do not depend on it.
         in_channels: channels of the image, and of the output.
-        channels: width at full resolution, a multiple of 32 (GroupNorm has 32 groups).
+        channels: width at full resolution, a multiple of `norm_groups`.
         multipliers: width of each level in units of `channels`; each level halves the resolution.
         num_blocks: residual blocks per level on the way down (one more on the way up).
         attention_resolutions: resolutions whose residual blocks are followed by self-attention
@@ -31,6 +30,9 @@ class UNetConfig:
         dtype: "float32" or "bfloat16", of the activations. Parameters, GroupNorm statistics,
             softmax and the output are float32 either way.
         remat: recompute residual blocks in the backward pass instead of storing them.
+        norm_groups: groups of every GroupNorm, 32 in the paper. Groups of one channel take away
+            what the projections of time and label added just before, a constant per channel: a
+            narrow network with classes wants several channels in each.
 
     Raises:
         TypeError, ValueError: naming the field, what was got and what would do.
@@ -52,6 +54,7 @@ class UNetConfig:
     num_classes: int | None = None
     dtype: str = "float32"
     remat: bool = False
+    norm_groups: int = 32
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -79,7 +82,7 @@ class UNetConfig:
             sizes = {f"image_size[{i}]": side for i, side in enumerate(size)}
         else:
             raise TypeError(f"image_size must be an int or a tuple (height, width), got {size!r}")
-        names = ["in_channels", "channels", "num_blocks"]
+        names = ["in_channels", "channels", "num_blocks", "norm_groups"]
         names += ["num_classes"] if self.num_classes is not None else []
         counts = sizes | {name: getattr(self, name) for name in names}
         for name in ("multipliers", "attention_resolutions"):
@@ -91,10 +94,11 @@ class UNetConfig:
                 raise ValueError(f"{name} must be an int >= 1, got {n!r}")
         if not self.multipliers:
             raise ValueError("multipliers must name at least one level, e.g. (1, 2, 2); got ()")
-        if self.channels % NUM_GROUPS:
+        if self.channels % self.norm_groups:
+            whole = math.ceil(self.channels / self.norm_groups) * self.norm_groups
             raise ValueError(
-                f"channels must be a multiple of {NUM_GROUPS}, the number of groups of GroupNorm; "
-                f"got {self.channels}, try {math.ceil(self.channels / NUM_GROUPS) * NUM_GROUPS}"
+                f"channels must be a multiple of {self.norm_groups}, the number of groups of "
+                f"GroupNorm; got {self.channels}, try {whole}"
             )
         for name, side in sizes.items():
             check_divisible(name, side, self)

@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 from ddim_jax.networks.config import (
-    NUM_GROUPS,
     Params,
     UNetConfig,
     check_inputs,
@@ -52,21 +51,22 @@ def timestep_embedding(index: jax.Array, dim: int) -> jax.Array:
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation, 32 groups, ε = 1e-6, with float32 statistics (Wu & He, 2018)."""
+    """Group normalisation, ε = 1e-6, with float32 statistics (Wu & He, 2018)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
+        self.groups = groups
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, _, _, c = x.shape
+        (b, _, _, c), groups = x.shape, self.groups
         y = x.astype(jnp.float32)
 
-        def group_mean(z: jax.Array) -> jax.Array:  # (b, h, w, c) -> (b, 32, 1)
-            return z.mean((1, 2)).reshape(b, NUM_GROUPS, -1).mean(-1, keepdims=True)
+        def group_mean(z: jax.Array) -> jax.Array:  # (b, h, w, c) -> (b, groups, 1)
+            return z.mean((1, 2)).reshape(b, groups, -1).mean(-1, keepdims=True)
 
-        def per_channel(z: jax.Array) -> jax.Array:  # (b, 32, 1) -> (b, 1, 1, c)
-            return jnp.broadcast_to(z, (b, NUM_GROUPS, c // NUM_GROUPS)).reshape(b, 1, 1, c)
+        def per_channel(z: jax.Array) -> jax.Array:  # (b, groups, 1) -> (b, 1, 1, c)
+            return jnp.broadcast_to(z, (b, groups, c // groups)).reshape(b, 1, 1, c)
 
         # var = E(y − m)² − (E y − m)² for any constant m. With m = E y no digits are lost, and as
         # a constant it keeps a second reduction out of the backward pass.
@@ -93,10 +93,10 @@ class ResnetBlock(nnx.Module):
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         self.dropout = config.dropout
-        self.norm1 = GroupNorm(c_in)
+        self.norm1 = GroupNorm(c_in, config.norm_groups)
         self.conv1 = _conv(c_in, c_out, config)
         self.temb_proj = _dense(4 * config.channels, c_out, config)
-        self.norm2 = GroupNorm(c_out)
+        self.norm2 = GroupNorm(c_out, config.norm_groups)
         self.conv2 = _conv(c_out, c_out, config)
         if c_in != c_out:
             self.nin_shortcut = _dense(c_in, c_out, config)
@@ -116,7 +116,7 @@ class AttnBlock(nnx.Module):
     """x + proj_out(softmax(q kᵀ / √C) v), one head over all pixels; softmax in float32."""
 
     def __init__(self, channels: int, config: UNetConfig):
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, config.norm_groups)
         self.q = _dense(channels, channels, config)
         self.k = _dense(channels, channels, config)
         self.v = _dense(channels, channels, config)
@@ -186,7 +186,7 @@ class UNet(nnx.Module):
             below = c
         self.up = _numbered(up[::-1])
 
-        self.norm_out = GroupNorm(widths[0])
+        self.norm_out = GroupNorm(widths[0], config.norm_groups)
         self.conv_out = _conv(widths[0], config.in_channels, config)
 
     def __call__(

@@ -175,6 +175,29 @@ def grid(images: Any, columns: int | None = None, gap: int = 1, scale: int = 1) 
     return canvas
 
 
+def encode_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
+    """uint8 (H, W, 1 or 3) as a PNG file, grey or colour, with facts in it.
+
+    Raises:
+      ValueError: the pixels are no such thing.
+
+    Example:
+      >>> np.asarray(Image.open(io.BytesIO(encode_png(np.full((1, 2, 1), 7, np.uint8))))).tolist()
+      [[7, 7]]
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        raise ValueError(f"a PNG wants uint8 (H, W, 1 or 3), got {pixels.dtype} {pixels.shape}")
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
 def save_png(
     path: str | os.PathLike[str],
     pixels: np.ndarray,
@@ -182,30 +205,25 @@ def save_png(
     text: dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write uint8 (H, W, 3) as PNG.
+    """Write uint8 (H, W, 1 or 3) as PNG.
 
     Args:
       path: the file to write; its folder is made.
-      pixels: uint8 (H, W, 3).
+      pixels: uint8 (H, W, 1 or 3).
       text: facts stored in the file, such as the seed.
       overwrite: replace an existing file.
 
     Raises:
       FileExistsError: the file exists and `overwrite` is False.
-      ValueError: the pixels are not uint8 (H, W, 3).
+      ValueError: the pixels are not uint8 (H, W, 1 or 3).
     """
-    from PIL.PngImagePlugin import PngInfo
+    save_new(path, encode_png(pixels, text), overwrite)
 
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"save_png wants uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
 
+def save_new(path: str | os.PathLike[str], content: bytes, overwrite: bool = False) -> None:
+    """Writes a file, whole, and its folder; FileExistsError where it exists, unless asked to."""
     path = pathlib.Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name, or ask to overwrite it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    info = PngInfo()
-    for key, value in (text or {}).items():
-        info.add_text(key, value)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, content)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image, wide
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.prediction import (
     Predictor,
@@ -28,7 +28,8 @@ def classifier_free(
     unconditional: Denoiser,
     scale: ArrayLike,
     *,
-    interval: tuple[int, int] | None = None,
+    interval: Array | np.ndarray | tuple[int, int] | None = None,
+    rescale: ArrayLike = 0.0,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, Eq. 6, with w there equal to w − 1 here).
 
@@ -41,14 +42,19 @@ def classifier_free(
       conditional: ε(x, t | y).
       unconditional: ε(x, t).
       scale: w, a finite scalar or (B,), may be traced.
-      interval: (lo, hi): guide where lo ≤ t ≤ hi only, and elsewhere take w = 1 (Kynkäänniemi
-        et al. 2024). Both denoisers are called all the same.
+      interval: (lo, hi) in t of 1..T, may be traced: guide where lo ≤ t ≤ hi only, and elsewhere
+        take w = 1 (Kynkäänniemi et al. 2024, whose σ is √((1 − ᾱ_t)/ᾱ_t)). Both are called
+        all the same: a scan has one body, and a branch there would compile the network twice.
+      rescale: φ in [0, 1], a scalar or (B,), may be traced: the output is given back that share of
+        the contrast that guidance changed, ε ← (1 − φ + φ std ε(x, t | y)/std ε) ε with std over
+        the pixels of one image (Lin et al. 2023, §3.4, where 0.7 is chosen). Of the output itself:
+        networks of ε, x_0 and v are rescaled differently. 0 is none.
 
     Returns:
       A `Denoiser`.
 
     Raises:
-      ValueError: scale or interval is out of range, or the two predict different things.
+      ValueError: scale, interval or rescale is out of range, or the two predict different things.
 
     Example:
       >>> import ddim_jax as ddim, jax.numpy as jnp
@@ -56,11 +62,11 @@ def classifier_free(
       >>> guided(jnp.ones((1, 2)), jnp.array([500])).tolist()
       [[4.0, 4.0]]
     """
-    weight = _scale_at(scale, interval)
+    weight, contrast = _scale_at(scale, interval), _rescaled(rescale)
 
     def denoise(x: Array, t: Array) -> Array:
-        uncond = call(unconditional, x, t)
-        return uncond + weight(x, t) * (call(conditional, x, t) - uncond)
+        uncond, cond = call(unconditional, x, t), call(conditional, x, t)
+        return contrast(uncond + weight(x, t) * (cond - uncond), cond)
 
     return Predictor(denoise, same_prediction(conditional, unconditional))
 
@@ -71,7 +77,8 @@ def classifier_free_labels(
     null_label: ArrayLike,
     scale: ArrayLike,
     *,
-    interval: tuple[int, int] | None = None,
+    interval: Array | np.ndarray | tuple[int, int] | None = None,
+    rescale: ArrayLike = 0.0,
 ) -> Denoiser:
     """`classifier_free` for one network that takes labels, in one call of twice the batch.
 
@@ -82,14 +89,14 @@ def classifier_free_labels(
       labels: (B, ...) class numbers or embeddings y, one for each image.
       null_label: ∅, what the network was given in place of a label; broadcast to `labels`.
       scale: w, a finite scalar or (B,), may be traced.
-      interval: (lo, hi), as in `classifier_free`.
+      interval, rescale: as in `classifier_free`.
 
     Returns:
       A `Denoiser` for batches of B images.
 
     Raises:
-      ValueError: scale or interval is out of range, ∅ does not fit the labels, or their number is
-        not that of the images.
+      ValueError: scale, interval or rescale is out of range, ∅ does not fit the labels, or their
+        number is not that of the images.
 
     Example:
       >>> import ddim_jax as ddim, jax.numpy as jnp
@@ -98,7 +105,7 @@ def classifier_free_labels(
       >>> guided(jnp.ones((2, 1)), jnp.array([500, 500])).tolist()
       [[4.0], [7.0]]
     """
-    weight = _scale_at(scale, interval)
+    weight, contrast = _scale_at(scale, interval), _rescaled(rescale)
     labels = jnp.asarray(labels)
     null = jnp.broadcast_to(jnp.asarray(null_label).astype(labels.dtype), labels.shape)
     both_labels = jnp.concatenate([labels, null])
@@ -112,9 +119,50 @@ def classifier_free_labels(
             jnp.concatenate([t, t]),
         )
         cond, uncond = jnp.split(twice, 2)
-        return uncond + weight(x, t) * (cond - uncond)
+        return contrast(uncond + weight(x, t) * (cond - uncond), cond)
 
     return Predictor(denoise, prediction_of(apply_fn))
+
+
+def autoguidance(
+    denoise: Denoiser,
+    weak: Denoiser,
+    scale: ArrayLike,
+    *,
+    interval: tuple[int, int] | None = None,
+) -> Denoiser:
+    """Guidance of a network by a bad version of itself (Karras et al. 2024, Eq. 3).
+
+    ε = ε_weak(x, t) + w (ε(x, t) − ε_weak(x, t)): w = 0 is the weak one, w = 1 none, w > 1 guided
+
+    Of the same condition, if any, but smaller or less trained: where the two differ the weak one is
+    worse in the direction in which the other is wrong too, so that one goes beyond it. Unlike
+    `classifier_free`, whose formula it is, it does not move towards a class.
+
+    Args:
+      denoise: the network.
+      weak: the weaker one, which predicts the same.
+      scale, interval: as in `classifier_free`.
+
+    Returns:
+      A `Denoiser`.
+
+    Raises:
+      ValueError: scale or interval is out of range, or the two predict different things.
+
+    Example:
+      >>> import ddim_jax as ddim, jax, jax.numpy as jnp
+      >>> schedule, means = ddim.linear_schedule(1000), jnp.array([[-1.0], [1.0]])
+      >>> good, bad = (ddim.oracle.mixture(schedule, means, variance=v) for v in (0.09, 0.36))
+      >>> x_T, tau = ddim.initial_noise(jax.random.key(0), 500, (1,)), ddim.timesteps(1000, 20)
+      >>> for w in (0.0, 1.0, 2.0):
+      ...     x_0 = ddim.sample(ddim.autoguidance(good, bad, w), x_T, schedule, tau)
+      ...     print(w, f"{jnp.std(jnp.abs(x_0)):.1f}")  # both modes become narrower
+      0.0 0.5
+      1.0 0.3
+      2.0 0.1
+    """
+    return classifier_free(denoise, weak, scale, interval=interval)
 
 
 def classifier(
@@ -175,14 +223,16 @@ def classifier(
 
 
 def _scale_at(
-    scale: ArrayLike, interval: tuple[int, int] | None
+    scale: ArrayLike, interval: Array | np.ndarray | tuple[int, int] | None
 ) -> Callable[[Array, Array], Array]:
     """(x, t) → w, shaped to multiply x, and 1 outside the interval."""
     if is_concrete(scale) and not np.isfinite(np.asarray(scale)).all():
         raise ValueError(f"scale must be finite, got {scale}")
     if jnp.ndim(scale) > 1:
         raise ValueError(f"scale must be a scalar or (B,), got shape {jnp.shape(scale)}")
-    if interval is not None and not interval[0] <= interval[1]:
+    if interval is not None and len(interval) != 2:
+        raise ValueError(f"interval must be (lo, hi), got {interval}")
+    if interval is not None and is_concrete(interval) and not interval[0] <= interval[1]:
         raise ValueError(f"interval must be (lo, hi) with lo <= hi, got {interval}")
 
     def weight(x: Array, t: Array) -> Array:
@@ -190,7 +240,30 @@ def _scale_at(
             raise ValueError(f"scale is for {jnp.shape(scale)} images, x has {x.shape[:1]}")
         w = jnp.broadcast_to(jnp.asarray(scale).astype(x.dtype), x.shape[:1])
         if interval is not None:
-            w = jnp.where((interval[0] <= t) & (t <= interval[1]), w, 1)
+            low, high = jnp.asarray(interval).astype(t.dtype)
+            w = jnp.where((low <= t) & (t <= high), w, 1)
         return per_image(w, x)
 
     return weight
+
+
+def _rescaled(rescale: ArrayLike) -> Callable[[Array, Array], Array]:
+    """(guided, conditional) → guided, with its share of the conditional's contrast."""
+    if is_concrete(rescale):
+        phi = np.asarray(rescale)
+        if not ((phi >= 0) & (phi <= 1)).all():
+            raise ValueError(f"rescale must be in [0, 1], got {rescale}")
+        if not phi.any():
+            return lambda guided, cond: guided
+    if jnp.ndim(rescale) > 1:
+        raise ValueError(f"rescale must be a scalar or (B,), got shape {jnp.shape(rescale)}")
+
+    def contrast(guided: Array, cond: Array) -> Array:
+        if jnp.shape(rescale) not in ((), guided.shape[:1]):
+            raise ValueError(f"rescale is for {jnp.shape(rescale)} images, x has {len(guided)}")
+        std, wanted = (v.reshape(len(v), -1).std(axis=1) for v in (wide(guided), wide(cond)))
+        ratio = jnp.where(std > 0, wanted / jnp.where(std > 0, std, 1), 1)
+        phi = jnp.asarray(rescale).astype(ratio.dtype)
+        return per_image(1 - phi + phi * ratio, guided) * guided
+
+    return contrast

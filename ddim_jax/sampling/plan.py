@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_concrete, normal, wide
+from ddim_jax.arrays import (
+    Array,
+    ArrayLike,
+    Denoiser,
+    call,
+    check_batch,
+    image_keys,
+    is_concrete,
+    normal,
+    wide,
+)
 from ddim_jax.process.gaussian import Coefficients
 from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
@@ -91,6 +101,7 @@ def run(
     plan: Plan,
     keys: Array | None = None,
     keep: np.ndarray | None = None,
+    noise: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """The scan: x_T → x_0, along a plan.
 
@@ -103,6 +114,7 @@ def run(
       plan: of a method.
       keys: (B,) one key per image, from `image_keys`; None for no noise.
       keep: (S,) bool, the steps whose (x_t, x̂_0) are wanted; None for none of them.
+      noise: (S, B, ...) the z themselves, in the order of sampling, in place of keys.
 
     Returns:
       (x_0, (x_t, x̂_0) of the kept steps, each (K, B, ...)), in x_T's dtype.
@@ -117,7 +129,7 @@ def run(
     slots = np.where(keep, np.cumsum(keep) - 1, num_kept)  # the one out of range is dropped
 
     def body(carry: Any, row: Any) -> tuple[Any, None]:
-        (x, past, kept), (now, slot) = carry, row
+        (x, past, kept), (now, slot, z) = carry, row
         output = call(denoise, x, jnp.full(x.shape[:1], now.t), x_T.dtype)
         x_0, eps = prediction.x0_eps(now.told or now.steps, x, output)
         predicted = x_0
@@ -127,19 +139,19 @@ def run(
             past = jnp.concatenate([(eps if now.remembers == "eps" else x_0)[None], past[:-1]])
             mean = jnp.einsum("j,j...->...", now.weights, past)
             x_0, eps = to_x0_eps(now.steps, x, mean, now.remembers)
-        noise = None if keys is None else step_noise(keys, now.t, x)
+        z = z if keys is None else step_noise(keys, now.t, x)
         if num_kept:
             kept = tuple(
                 old.at[slot].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(kept, (x, predicted), strict=True)
             )
-        return (towards(now.steps, x_0, eps, noise), past, kept), None
+        return (towards(now.steps, x_0, eps, z), past, kept), None
 
     memory = 0 if plan.weights is None else plan.weights.shape[1]
     past = jnp.zeros((memory, *x.shape), x.dtype)
     kept = tuple(jnp.zeros((num_kept, *x.shape), x_T.dtype) for _ in range(2))
     (x_0, _, kept), _ = jax.lax.scan(
-        body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32))
+        body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32), noise)
     )
     return x_0.astype(x_T.dtype), (kept[0], kept[1])
 
@@ -152,6 +164,27 @@ def rows(plan: Plan, dtype: Any) -> Plan:
         return v.astype(jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else dtype)
 
     return jax.tree.map(cast, plan)
+
+
+def noise_keys(
+    plan: Plan, x_T: Array, key: Array | None, noise: Array | None = None
+) -> Array | None:
+    """One key an image for the noise of a run; None where there is no key, or z (S, B, ...) itself.
+
+    Raises:
+      ValueError: the plan adds noise and there is neither, or there are both, or z does not fit.
+    """
+    if noise is not None:
+        if key is not None or plan.steps.sigma is None:
+            raise ValueError("give noise to a sampler that adds some (eta > 0), and then no key")
+        if np.shape(noise) != (wanted := (*plan.t.shape, *x_T.shape)):
+            raise ValueError(f"noise must be (S, B, ...) = {wanted}, got shape {np.shape(noise)}")
+        return None
+    if key is not None:
+        return image_keys(key, x_T.shape[0])
+    if plan.steps.sigma is not None:
+        raise ValueError("this sampler adds noise (eta > 0) and needs key=jax.random.key(...)")
+    return None
 
 
 def step_noise(keys: Array, t: Array, like: Array) -> Array:

@@ -15,7 +15,7 @@ from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, image_keys,
 from ddim_jax.process.prediction import Predictor, prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.methods import ddim
-from ddim_jax.sampling.plan import Method, Plan, run
+from ddim_jax.sampling.plan import Method, Plan, noise_keys, run
 
 
 class Trajectory(NamedTuple):
@@ -79,6 +79,7 @@ def sample(
     key: Array | None = None,
     *,
     method: Method | None = None,
+    noise: Array | None = None,
 ) -> Array:
     """Sample x_0 from x_T along τ, by DDIM's steps or another method's (DDIM Eq. 12, §4.2).
 
@@ -99,14 +100,15 @@ def sample(
       key: a JAX random key, needed when σ may be above 0, or one for each image, see `image_keys`.
         Image k's noise depends on (key, k, t) alone. At η = 0 it is not used.
       method: in place of η: `ddim(sigma=...)`, `ddpm("large")`, `adams_bashforth(2)`, ….
+      noise: (S, B, ...) floating, z of each step in the order of sampling, in place of a key.
 
     Returns:
       x_0, shape and dtype of x_T.
 
     Raises:
       TypeError: x_T is not floating.
-      ValueError: τ, η or σ is out of range, a key is missing, η and a method are both given, or
-        the network's output has another shape than its input.
+      ValueError: τ, η or σ is out of range, a key is missing, η and a method, or a key and noise,
+        are both given, or noise or the network's output has a wrong shape.
 
     Example:
       >>> import ddim_jax as ddim, jax, jax.numpy as jnp
@@ -119,8 +121,8 @@ def sample(
     """
     x_T = check_batch(x_T)
     plan = _plan(method, eta, schedule, tau)
-    keys = _keys(plan, key, x_T.shape[0])
-    return run(denoise, x_T, plan, None if plan.steps.sigma is None else keys)[0]
+    keys = noise_keys(plan, x_T, key, noise)
+    return run(denoise, x_T, plan, None if plan.steps.sigma is None else keys, noise=noise)[0]
 
 
 def trajectory(
@@ -165,7 +167,7 @@ def trajectory(
     wanted = visited if at is None else np.unique(np.asarray(at))
     if wanted.size == 0 or not np.isin(wanted, visited).all():
         raise ValueError(f"at must name steps that tau visits, got {at}; tau visits {visited}")
-    keys, keep = _keys(plan, key, x_T.shape[0]), np.isin(visited, wanted)
+    keys, keep = noise_keys(plan, x_T, key), np.isin(visited, wanted)
     x_0, states = run(denoise, x_T, plan, None if plan.steps.sigma is None else keys, keep)
     return Trajectory(x_0, visited[keep], *states)
 
@@ -229,7 +231,7 @@ def make_sampler(
             method, 0.0 if eta is None else eta, schedule, default[0] if tau is None else tau
         )
         prediction_of(apply_fn).check(plan.steps)
-        keys = _keys(plan, key, x_T.shape[0])
+        keys = noise_keys(plan, x_T, key)
         if keys is not None and plan.steps.sigma is None:  # the program of every η
             steps = plan.steps._replace(sigma=plan.steps.direction * 0)
             plan = dataclasses.replace(plan, steps=steps)
@@ -279,11 +281,3 @@ def _plan(
     if not is_concrete(eta) or np.any(np.asarray(eta) != 0):
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
     return method(schedule, tau)
-
-
-def _keys(plan: Plan, key: Array | None, batch: int) -> Array | None:
-    if key is not None:
-        return image_keys(key, batch)
-    if plan.steps.sigma is not None:
-        raise ValueError("this sampler adds noise (eta > 0) and needs key=jax.random.key(...)")
-    return None

@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "train.num_threads",
     "train.num_workers",
     "train.skip_nonfinite",
+    "label_names",
 )
 INHERITED = {"init"}  # said once, when the run began: a resumed one need not say it again
 ROUNDS_ON_RESUME = ("train.accumulate", "train.fsdp", "model.remat")
@@ -112,6 +113,8 @@ def check_run(
             f"facts say of the network {said}, config that it learns {learned}: leave it out of "
             "facts"
         )
+    if num_classes is not None and dataset.label_names is not None:
+        facts = {"label_names": dataset.label_names, **facts}
     config_dict = {"train": dataclasses.asdict(config), "data": dataset.provenance, **facts}
     return mesh, json.loads(json.dumps(config_dict))  # as a checkpoint returns it
 
@@ -132,6 +135,8 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
       ValueError: a resumed run must keep its configuration, but these differ:
         train.seed: saved 0, now 1
     """
+    if "model" in saved and "norm_groups" in wanted.get("model", {}):  # once it was always 32
+        saved = {**saved, "model": {"norm_groups": 32, **saved["model"]}}
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     new = {name: defaults[name] for name in wanted["train"].keys() & defaults.keys()}
     saved = {**saved, "train": {**new, **saved["train"]}}  # of before there was such a field

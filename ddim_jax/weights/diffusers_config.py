@@ -21,7 +21,6 @@ FIXED: dict[str, tuple[Any, Any]] = {
     "downsample_type": ("conv", "conv"),
     "upsample_type": ("conv", "conv"),
     "act_fn": ("silu", "silu"),
-    "norm_num_groups": (32, 32),
     "norm_eps": (1e-5, 1e-6),
     "resnet_time_scale_shift": ("default", "default"),
     "add_attention": (True, True),
@@ -30,7 +29,8 @@ FIXED: dict[str, tuple[Any, Any]] = {
 FREE = (  # looked at one by one; num_train_timesteps has no meaning in these networks
     *("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types"),
     *("block_out_channels", "layers_per_block", "dropout", "attention_head_dim"),
-    *("attn_norm_num_groups", "time_embedding_dim", "num_class_embeds", "num_train_timesteps"),
+    *("norm_num_groups", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds"),
+    *("num_train_timesteps",),
 )
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "PNDMScheduler")
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -91,8 +91,11 @@ def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> 
             f"attention_head_dim is {head} in config.json, Ho et al.'s network has one head (null)"
         )
     _need("out_channels", settings.get("out_channels", 3), channels, "in_channels, ")
-    if settings.get("attn_norm_num_groups") not in (None, 32):
-        raise ValueError(f"attn_norm_num_groups is {settings['attn_norm_num_groups']}, not 32")
+    groups = settings.get("norm_num_groups", 32)
+    if settings.get("attn_norm_num_groups") not in (None, groups):
+        raise ValueError(
+            f"attn_norm_num_groups is {settings['attn_norm_num_groups']}, not {groups}"
+        )
     if settings.get("time_embedding_dim") not in (None, 4 * widths[0]):
         raise ValueError(
             f"time_embedding_dim is {settings['time_embedding_dim']}, not {4 * widths[0]}"
@@ -112,6 +115,7 @@ def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> 
         attention_resolutions=(),
         dropout=float(settings.get("dropout", 0.0)),
         num_classes=num_classes,
+        norm_groups=groups,
     )
     resolutions = tuple(config.resolutions[i] for i in attended)
     return dataclasses.replace(config, attention_resolutions=resolutions)
@@ -153,6 +157,7 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
         "layers_per_block": config.num_blocks,
         "attention_head_dim": None,
         "dropout": config.dropout,
+        "norm_num_groups": config.norm_groups,
         "num_class_embeds": None if config.num_classes is None else config.num_classes + 1,
     }
 

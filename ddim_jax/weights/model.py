@@ -44,6 +44,17 @@ class Model(NamedTuple):
             raise AttributeError("a model without a config does not know the shape of its images")
         return self.config.image_shape
 
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """What its classes 0..K − 1 are called, where the data that it learned from said so."""
+        names = self.facts.get("label_names")
+        classes = getattr(self.config, "num_classes", None)
+        if names is None or classes is None:
+            return None
+        if len(names) != classes:
+            raise ValueError(f"the model has {classes} classes, and its facts {len(names)} names")
+        return tuple(map(str, names))
+
     def __repr__(self) -> str:
         shape = "" if self.config is None else "×".join(map(str, self.image_shape)) + ", "
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))

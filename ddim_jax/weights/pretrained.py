@@ -44,10 +44,10 @@ def load_model(
     """Load a trained model, whatever wrote it.
 
     Args:
-      source: "digits", the model that ships with the package; a run folder of `ddim-jax train`; a
-        weights file of `save_model`; a diffusers folder (`UNet2DModel`, or a pipeline with one);
-        or a PyTorch checkpoint of Ho et al.'s network as the DDIM authors name its tensors, a
-        state dict or their training list.
+      source: "digits", or with classes "digits-labels", the models that ship with the package; a
+        run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
+        (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint of Ho et al.'s network as
+        the DDIM authors name its tensors, a state dict or their training list.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, training list); else the weights
         themselves.
@@ -173,6 +173,18 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
     write_diffusers(
         pathlib.Path(folder), model.params, model.config, schedule, model.prediction.kind, facts
     )
+
+
+def with_classes(source: str) -> str:
+    """The shipped model of the same data that has classes, of a shipped one that has none.
+
+    Example:
+      >>> with_classes("digits"), with_classes("runs/mine")
+      ('digits-labels', 'runs/mine')
+    """
+    sibling = f"{source}-labels"
+    there = not os.path.exists(source) and (SHIPPED / f"{sibling}.safetensors").is_file()
+    return sibling if there and os.path.basename(source) == source else source
 
 
 def _find(source: str | os.PathLike[str]) -> pathlib.Path:
