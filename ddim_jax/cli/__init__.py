@@ -31,7 +31,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "sample": (
         "ddim_jax.cli.sample:sample",
-        "Draw images with a trained model, and save them as one PNG.",
+        "Draw images with a trained model, and save them as one PNG, or as you say.",
     ),
     "generate": (
         "ddim_jax.cli.generate:generate",
