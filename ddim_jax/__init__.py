@@ -32,6 +32,8 @@ from ddim_jax.process import (
 )
 from ddim_jax.sampling import (
     METHODS,
+    Bound,
+    Density,
     Inversion,
     Method,
     ParallelSample,
@@ -49,6 +51,8 @@ from ddim_jax.sampling import (
     ddim,
     ddpm,
     decode_stochastic,
+    dequantise,
+    dpm_solver,
     dynamic_threshold,
     encode,
     encode_stochastic,
@@ -58,6 +62,7 @@ from ddim_jax.sampling import (
     invert,
     make_sampler,
     multistep_sample,
+    ode_density,
     optimise_timesteps,
     parallel_sample,
     pf_euler,
@@ -72,6 +77,8 @@ from ddim_jax.sampling import (
     start_from,
     step_errors,
     trajectory,
+    unipc,
+    variational_bound,
     watch,
 )
 from ddim_jax.version import __version__
@@ -80,8 +87,10 @@ from ddim_jax.weights import Model, load_model, load_torch, save_diffusers, save
 __all__ = [
     "GAMMAS",
     "METHODS",
+    "Bound",
     "Coefficients",
     "Denoiser",
+    "Density",
     "Inversion",
     "Method",
     "Model",
@@ -110,6 +119,8 @@ __all__ = [
     "ddim_step",
     "ddpm",
     "decode_stochastic",
+    "dequantise",
+    "dpm_solver",
     "dynamic_threshold",
     "encode",
     "encode_stochastic",
@@ -127,6 +138,7 @@ __all__ = [
     "loss",
     "make_sampler",
     "multistep_sample",
+    "ode_density",
     "optimise_timesteps",
     "oracle",
     "parallel_sample",
@@ -154,5 +166,7 @@ __all__ = [
     "timesteps",
     "to_x0_eps",
     "trajectory",
+    "unipc",
+    "variational_bound",
     "watch",
 ]

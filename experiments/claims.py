@@ -195,17 +195,21 @@ def discrete(cells: Mapping[str, Any]) -> list[Claim]:
 
 def solvers(cells: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """§4.3 and §7: which Euler step, and what higher order buys."""
-    at = {(c["method"], c["S"]): Value(c["rms"], c["rms_se"]) for c in cells}
-    steps = sorted({s for _, s in at})
+    at = {(c["method"], c["tau"], c["S"]): Value(c["rms"], c["rms_se"]) for c in cells}
+    steps = sorted({s for *_, s in at})
 
-    def beats(a: str, b: str) -> list[tuple[str, Value, Value]]:
-        return [(f"S={s}", at[a, s], at[b, s]) for s in steps if (a, s) in at and (b, s) in at]
+    def beats(a: tuple[str, str], b: tuple[str, str]) -> list[tuple[str, Value, Value]]:
+        both = [s for s in steps if (*a, s) in at and (*b, s) in at]
+        return [(f"S={s}", at[*a, s], at[*b, s]) for s in both]
 
-    euler = "DDIM, linear"
+    euler, second = ("ddim", "linear"), ("adams-bashforth-2", "linear")
+    third, quadratic = ("adams-bashforth-3", "quadratic"), ("ddim", "quadratic")
+    chosen, in_dt = ("ddim", "optimised"), ("pf-euler", "linear")
     return [
-        compare("DDIM's step errs less than Eq. 15's (linear τ)", beats(euler, "Eq. 15, linear")),
-        compare("Adams–Bashforth 2 errs less than DDIM (linear τ)", beats("AB2, linear", euler)),
-        compare("DDIM errs less with optimised τ than linear τ", beats("DDIM, optimised", euler)),
+        compare("DDIM's step errs less than Eq. 15's (linear τ)", beats(euler, in_dt)),
+        compare("Adams–Bashforth 2 errs less than DDIM (linear τ)", beats(second, euler)),
+        compare("Adams–Bashforth 3 errs less than DDIM (quadratic τ)", beats(third, quadratic)),
+        compare("DDIM errs less with optimised τ than linear τ", beats(chosen, euler)),
     ]
 
 

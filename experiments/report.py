@@ -245,16 +245,20 @@ def _discrete(result: dict[str, Any]) -> list[str]:
 
 
 def _solvers(result: dict[str, Any]) -> list[str]:
-    cells = result["cells"]
-    steps, rms = _grid(cells, "method", str, lambda c: _pm(c["rms"], c["rms_se"]))
-    _, distance = _grid(cells, "method", str, lambda c: _pm(c["distance"], c["se"]))
-    counts = {c["S"]: c["num_images"] for c in cells}
-    distance += _distance_rows(result, steps, counts)
+    cells = [{**c, "row": f"{c['method']}, {c['tau']}"} for c in result["cells"]]
+    steps, rms = _grid(cells, "row", str, lambda c: _pm(c["rms"], c["rms_se"]))
     header = [f"S = {s}" for s in steps]
-    return [
-        plots.table_html(["RMS error to τ = 1..T", *header], rms),
-        plots.table_html([result["name"], *header], distance),
+    best = [[str(c["S"]), c["method"], c["tau"], _pm(c["rms"], c["rms_se"])]
+            for c in result["best"]]  # fmt: skip
+    tables = [
+        plots.table_html(["S", "least RMS error", "τ", ""], best),
+        plots.table_html(["RMS error to the ODE", *header], rms),
     ]
+    if "floors" in result:
+        _, distance = _grid(cells, "row", str, lambda c: _pm(c["distance"], c["se"]))
+        distance += _distance_rows(result, steps, {c["S"]: c["num_images"] for c in cells})
+        tables.append(plots.table_html([result["name"], *header], distance))
+    return tables
 
 
 def _objectives(result: dict[str, Any]) -> list[str]:

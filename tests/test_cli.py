@@ -15,7 +15,7 @@ from PIL import Image
 
 import ddim_jax as ddim
 from ddim_jax import cli
-from ddim_jax.cli.options import Spacing
+from ddim_jax.cli.options import Sampling, Spacing
 from ddim_jax.generation.shards import iter_shards
 from ddim_jax.networks import unet
 from ddim_jax.networks.unet import abstract_params, count_params
@@ -148,6 +148,14 @@ def test_images_of_ones_own_for_some_minutes(command, tmp_path, monkeypatch):
         command(f"{line} --resume must")
 
 
+def test_names_say_the_method_and_its_eta():
+    given = [("ddim", 0.0), ("unipc-2", 0.0), ("dpm-solver-2", 0.5), ("mine:early", 0.0)]
+    sampling = [Sampling(method=method, eta=eta) for method, eta in given]
+    stems = ("eta0", "unipc-2", "dpm-solver-2-eta0.5", "mine.early")
+    assert [v.stem for v in sampling] == [f"-S50-{stem}-seed0" for stem in stems]
+    assert str(sampling[2]) == "S = 50, dpm-solver-2, eta = 0.5, seed 0"
+
+
 def test_dry_run_of_every_preset(command, tmp_path):
     for name, make in PRESETS.items():
         if name == "images":  # it has no data of its own
@@ -215,11 +223,15 @@ def test_presets_say_command_hardware_and_score():
         ("sample nothing --method cubic", "unknown method 'cubic'; choose ddim, "),
         ("sample nothing --method no_such:f", "No module named 'no_such'\n"),
         ("sample nothing --method ddpm --eta 0.5", "'ddpm' has no eta"),
+        (
+            "sample nothing --method unipc-2 --eta 0.5",
+            "ddim and dpm-solver-2; 'unipc-2' has no eta",
+        ),
         ("sample nothing --tau 1,x", "--tau takes whole numbers"),
         ("sample digits --tau 10,5", "tau must increase strictly"),
         ("sample nothing --tau 1,5 --steps 3", "not both"),
         ("sample digits --seed 4294967296", r"--seed must be in 0..2\*\*32 - 1"),
-        ("export digits new --diffusers --float16", "--float16 is for a .safetensors file"),
+        ("export digits new --diffusers --float16", "--float16 is for a file"),
         ("export digits no/such.safetensors", "there is no folder no for such.safetensors"),
         ("sample digits --num-images 0", "at least one image"),
         ("sample digits --out drawn.jpg", "must end in .png"),

@@ -50,7 +50,8 @@ TINY = {
     "fig5": "--steps 2 5 --num-images 8 --shown 3 --batch-size 4",
     "fig6": "--steps 5 --paths 3 --shown 2 --points 5",
     "discrete": "--steps 2 --num-images 40 --train-steps 2 --train-batch 8 --bound-images 6",
-    "solvers": "--oracle --steps 2 --num-images 12 --fine-samples 4 --refine 2 --sweeps 1",
+    "solvers": "--oracle --steps 2 3 --num-images 12 --fine-samples 4 --refine 2 --sweeps 1 "
+    "--method ddim unipc-2 pf-euler --tau linear optimised refined",
     "objectives": "--objectives edm v-zero-snr --seeds 0 1 --updates 2 --steps 2 --num-images 8",
 }
 MAINS = {
@@ -236,10 +237,14 @@ def test_discrete_bound_and_baseline(results):
 
 @pytest.mark.slow
 def test_solvers_choose_and_judge(results):
-    cells = {c["method"]: c for c in results[1]["solvers"]["cells"]}
-    assert len(cells) == 3 + 2 + 1 + 9
-    assert cells["DDIM, refined"]["rms"] < cells["Eq. 15, linear"]["rms"]
+    result = results[1]["solvers"]
+    cells = {(c["method"], c["tau"], c["S"]): c for c in result["cells"]}
+    assert len(cells) == len(result["cells"]) == 3 * 3 + 3 * 2  # S = 3 is not refined
+    assert cells["ddim", "refined", 2]["rms"] < cells["pf-euler", "linear", 2]["rms"]
     assert all(c["fine_samples"] == 4 and c["num_images"] == 12 for c in cells.values())
+    assert [c["S"] for c in result["best"]] == [2, 3]
+    for best in result["best"]:
+        assert best["rms"] == min(c["rms"] for c in cells.values() if c["S"] == best["S"])
 
 
 def as_eps(model):
@@ -266,6 +271,9 @@ def test_a_network_of_eps_gives_the_same_figures(results, tmp_path, monkeypatch)
         assert ours[key] == pytest.approx(other[key], rel=1e-2)
 
 
+EULERS = ("pf-euler", "adams-bashforth-2")
+
+
 def test_solvers_take_every_prediction(tmp_path):
     args = arguments.parse("solvers", "", ["--batch-size", "4"], solvers.SMALL, **solvers.HELP)
     found = []
@@ -274,7 +282,7 @@ def test_solvers_take_every_prediction(tmp_path):
         experiment.model = model
         bench = solvers._Bench(experiment)
         tau = np.array([200, 500, 1000])
-        found.append([bench.solve(m, bench.latents("judge", 4), tau) for m in ("eq15", "ab2")])
+        found.append([bench.solve(m, bench.latents("judge", 4), tau) for m in EULERS])
     np.testing.assert_allclose(found[0], found[1], atol=2e-3)
     assert np.std(found[0][0] - found[0][1]) > 1e-2
 
@@ -377,6 +385,11 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, words, m
         (table2.main, "--num-images 5000", "digits has 1797 images, 5000 were asked for"),
         (solvers.main, "--oracle --model digits", "--oracle stands in place of a network"),
         (solvers.main, "--fine-samples 200", "in 2..150, the least of --num-images, got 200"),
+        (solvers.main, "--method heun", "unknown method 'heun'"),
+        (solvers.main, "--method dpm-solver-sde", "dpm-solver-sde adds noise"),
+        (solvers.main, "--method ddim ddim", "must not name a value twice"),
+        (solvers.main, "--tau cubic linear", "--tau takes linear, .* got cubic"),
+        (solvers.main, "--tau refined", "needs --refine to name every S, not"),
     ],
 )
 def test_so_are_those_of_other_experiments(tmp_path, main, words, message):

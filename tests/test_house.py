@@ -31,6 +31,8 @@ NEIGHBOURS = {("data", "pictures"), ("data", "storage"), ("pictures", "storage")
 NEVER = {("networks", "process")}  # a sampler is given its network as an argument
 DOORS = {
     "datasets": {"data.hugging_face"},
+    "diffrax": {"sampling.density"},
+    "flatbuffers": {"generation.artifact"},
     "flax": {"networks.unet"},
     "grain": {"data.streams"},
     "huggingface_hub": set(),

@@ -1,5 +1,6 @@
 """One suite over all methods: what every one of them must do, and what is special to some."""
 
+import functools
 import itertools
 
 import jax
@@ -20,7 +21,10 @@ KEY = jax.random.key(3)
 EVERY = pytest.mark.parametrize("name", METHODS)
 NOISY = {name for name in METHODS if find_method(name)(SCHEDULE, TAU).steps.sigma is not None}
 # The order that each must show; DDIM's own for whatever is not named here.
-ORDERS = {"adams-bashforth-2": 1.9, "adams-bashforth-3": 2.8, "adams-bashforth-4": 3.7}
+ORDERS = {
+    **{"adams-bashforth-2": 1.9, "adams-bashforth-3": 2.8, "adams-bashforth-4": 3.7},
+    **{"dpm-solver-2": 1.9, "dpm-solver-3": 2.8, "unipc-2": 2.8, "unipc-3": 3.8},
+}
 
 
 def as_kind(kind):
@@ -40,22 +44,30 @@ def as_kind(kind):
 def test_a_row_for_each_call_and_float64_on_the_host(name):
     plan = find_method(name)(SCHEDULE, TAU)
     assert plan.t.tolist() == TAU[::-1].tolist()
-    leaves = jax.tree.leaves((plan.steps, plan.weights))
+    leaves = jax.tree.leaves((plan.steps, plan.weights, plan.corrects))
     assert all(leaf.dtype == np.float64 and leaf.shape[0] == len(TAU) for leaf in leaves)
     assert plan.steps.sqrt_alpha_bar_s[-1] == 1  # every method ends at s = 0
     assert (plan.weights is None) or np.allclose(plan.weights.sum(1), 1) or name == "pf-euler"
 
 
+@functools.cache
+def smooth_sampler():
+    """One jitted function for all methods, which shares their programs; used with x64 alone."""
+    schedule, denoise, *_ = reference.smooth_problem()
+    model = ddim.Model(lambda _, x, t: denoise(x, t), None, schedule)
+    return ddim.make_sampler(model, [1])
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in NOISY])
 def test_order_of_convergence(name):
     """Against RK4 in float64 on the ODE of Eq. 14, by a fit over S."""
-    schedule, denoise, x_T, exact = reference.smooth_problem()
+    schedule, _, x_T, exact = reference.smooth_problem()
     sizes = np.array([32, 64, 128])
     with jax.enable_x64(True):
         errors = []
         for S in sizes:
             tau = np.arange(1, S + 1) * (schedule.num_steps // S)
-            x_0 = ddim.sample(denoise, jnp.asarray(x_T), schedule, tau, method=find_method(name))
+            x_0 = smooth_sampler()(jnp.asarray(x_T), tau=tau, method=find_method(name))
             errors.append(np.sqrt(np.mean((np.asarray(x_0) - exact) ** 2)))
     assert -np.polyfit(np.log(sizes), np.log(errors), 1)[0] >= ORDERS.get(name, 0.95), errors
 
@@ -139,6 +151,13 @@ def test_one_program_for_each_memory_length():
         for tau in (TAU, ddim.timesteps(1000, 12)):
             outputs.append(sampler(x_T, method=method, tau=tau))
     assert len(traces) == 2
+    for method in (ddim.dpm_solver(3), ddim.unipc(3, corrector=False)):
+        for tau in (TAU, ddim.timesteps(1000, 12)):
+            outputs.append(sampler(x_T, method=method, tau=tau))
+    assert len(traces) == 3
+    for method in (ddim.unipc(2), ddim.unipc(2, variant="B1")):
+        outputs.append(sampler(x_T, method=method))
+    assert len(traces) == 4
     assert len({float(out.sum()) for out in outputs}) == len(outputs)
 
 

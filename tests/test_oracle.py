@@ -221,7 +221,7 @@ X, STEPS = jnp.ones((2, 3)), jnp.array([1, 2])
         (lambda: oracle.gaussian(SCHEDULE, np.zeros(4))(X, STEPS), ValueError, "one image"),
         (lambda: oracle.gaussian(SCHEDULE, 0.0, np.ones(4))(X, STEPS), ValueError, "pixels"),
         (lambda: oracle.gaussian(SCHEDULE, 0.0)(X, jnp.array([0, 1])), ValueError, "1..T"),
-        (lambda: oracle.gaussian(SCHEDULE, 0.0)(X, jnp.ones(2)), TypeError, "integer"),
+        (lambda: oracle.gaussian(SCHEDULE, 0.0)(X, jnp.full(2, 0.5)), ValueError, "1..T"),
         (lambda: oracle.gaussian(SCHEDULE, 0.0)(X, jnp.array([1, 2, 3])), ValueError, "t must be"),
         (lambda: oracle.gaussian(SCHEDULE, 0.0)(X.astype(int), STEPS), TypeError, "floating"),
         (lambda: oracle.gaussian_marginal(SCHEDULE, 0.0, 1.0, 1001), ValueError, "1..T"),

@@ -156,4 +156,4 @@ def test_what_edm_refuses(call, match):
 
 def test_edm_needs_t():
     with pytest.raises(TypeError, match="x and, after it, t of integers"):
-        EDM(jnp.ones((2, 3)), jnp.ones(2))
+        EDM(jnp.ones((2, 3)), jnp.ones((2, 3)))

@@ -113,6 +113,30 @@ def test_refinement_never_loses_and_stops_at_the_best():
     assert errors[2] <= 1.1 * best
 
 
+def test_any_method_finds_a_better_tau():
+    """DPM-Solver++ 2M on the mixture, from the best of three τ, judged on other latents."""
+    x_T, fresh = (jax.random.normal(jax.random.key(i), (64, 2)) for i in (0, 1))
+    model = ddim.Model(lambda _, x, t: DENOISE(x, t), None, SCHEDULE)
+    run = ddim.make_sampler(model, np.arange(1, 41))
+    fine = [run(x, method=ddim.adams_bashforth(3)) for x in (x_T, fresh)]
+
+    def sampler(x_T, tau):
+        return run(x_T, tau=tau, method=ddim.dpm_solver(2))
+
+    def error(tau):
+        return float(jnp.sqrt(((sampler(fresh, tau) - fine[1]) ** 2).mean()))
+
+    optimised = ddim.optimise_timesteps(ddim.step_errors(DENOISE, x_T, SCHEDULE), 5)
+    starts = [ddim.timesteps(40, 5), ddim.timesteps(40, 5, "quadratic"), optimised]
+    refined = ddim.refine_timesteps(sampler, x_T, fine[0], starts, 40, sweeps=4)
+    errors = [error(tau) for tau in starts]
+    assert errors[2] < 0.8 * errors[0]  # DDIM's optimum is good for it as well
+    assert error(refined) < 0.9 * min(errors)
+    best = ddim.refine_timesteps(sampler, x_T, fine[0], starts, 40, sweeps=0)
+    seen = [float(jnp.square(sampler(x_T, tau) - fine[0]).mean()) for tau in starts]
+    np.testing.assert_array_equal(best, starts[int(np.argmin(seen))])
+
+
 def digits_errors(images, num_seen, num_unseen, sizes, sweeps):
     """Error of x_0 on unseen latents: (best spacing, dynamic programme, refined) for each S.
 
@@ -178,6 +202,7 @@ def refine(tau=(1, 2), x_0=X_T, sweeps=1, sampler=lambda x, tau: x):
         ),
         (lambda: refine(tau=[2, 1]), ValueError, "strictly"),
         (lambda: refine(tau=[41]), ValueError, "1..T"),
+        (lambda: refine(tau=[[1, 2], [2, 1]]), ValueError, "strictly"),
         (lambda: refine(x_0=jnp.ones((4, 3))), ValueError, "one shape"),
         (lambda: refine(sweeps=-1), ValueError, "sweeps"),
         (lambda: refine(sampler=lambda x, tau: x * jnp.nan), ValueError, "nan"),

@@ -39,7 +39,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "evaluate": (
         "ddim_jax.cli.evaluate:evaluate",
-        "Compare generated images with a data set: Fréchet distance, KID, precision and recall.",
+        "Compare generated images with a data set, or give real ones' bits/dim under a model.",
     ),
     "info": (
         "ddim_jax.cli.info:info",
@@ -51,7 +51,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "export": (
         "ddim_jax.cli.export:export",
-        "Write a model as one .safetensors file, or as a folder that diffusers loads.",
+        "Write a model as a .safetensors file or a diffusers folder, or a sampler as .stablehlo.",
     ),
 }
 GO_ON = ("demo", "generate", "evaluate")  # commands that, called again, go on where they were

@@ -11,7 +11,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ddim_jax.cli.options import ClassOptions, check_writable, file_name
+from ddim_jax.cli.bits import Bits, BitsOptions, evaluate_bits
+from ddim_jax.cli.options import ClassOptions, Source, SourceOptions, check_writable, file_name
 from ddim_jax.data import of_classes
 from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure
@@ -23,6 +24,8 @@ from ddim_jax.training.presets import DataConfig
 
 def evaluate(
     images: tyro.conf.Positional[pathlib.Path],
+    bits: BitsOptions,
+    source: SourceOptions,
     data: str,
     classes: ClassOptions,
     split: str = "train",
@@ -35,12 +38,14 @@ def evaluate(
     reference: pathlib.Path | None = None,
     blocks: int = 20,
 ) -> None:
-    """Compare generated images with a data set: Fréchet distance, KID, precision and recall.
+    """Compare generated images with a data set, or give real ones' bits/dim under a model.
+
+    The former: Fréchet distance, KID, precision and recall. The latter: --bits.
 
     With --label or --labels it compares the images drawn of these classes with the data of them.
 
     Args:
-      images: a folder of `ddim-jax generate`.
+      images: a folder of `ddim-jax generate`; with --bits a model, as `sample` takes it.
       data: the data set, by a name or path that --data.name of training takes.
       split: its split.
       crop: what is first cut out of each of its images (top, left, height, width), as in training.
@@ -52,6 +57,13 @@ def evaluate(
       reference: file of the data set's statistics, made if missing; by default beside `images`.
       blocks: of the jackknife behind the standard error; 0 for none, which is faster.
     """
+    config = DataConfig(data, split, crop, resize, background=background, channels=channels)
+    if bits.bits:
+        if (extractor, reference, blocks) != ("pixels", None, 20):
+            raise ValueError("--extractor, --reference and --blocks are not for --bits")
+        return evaluate_bits(str(images), config, data_dir, bits, source)
+    if (bits, source) != (Bits(), Source()):
+        raise ValueError("say --bits bound or --bits ode: the other options are those of a model")
     make, kind = parse_extractor(extractor), extractor.partition(":")[0]
     classes.check_classes()
     settings = read_settings(images)
@@ -71,9 +83,7 @@ def evaluate(
     name = path.resolve().name if path else data.replace("/", "_")
     file = reference or images.resolve().with_name(f"{name}-{split}{mark}-{kind}.npz")
     check_writable(file)
-    dataset = DataConfig(data, split, crop, resize, background=background, channels=channels).load(
-        data_dir
-    )
+    dataset = config.load(data_dir)
     if dataset.image_shape != shape:
         raise ValueError(
             f"{images} holds images {shape}, {data} {dataset.image_shape}: name the data that the "

@@ -2,46 +2,130 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from typing import Literal, TypeAlias
 
 import tyro
 
-from ddim_jax.cli.options import SourceOptions
+from ddim_jax.cli.options import Sampling, SourceOptions, Spacing
+from ddim_jax.generation.artifact import SUFFIX, export_sampler
 from ddim_jax.networks.unet import count_params
-from ddim_jax.weights import save_diffusers, save_model
+from ddim_jax.weights import Model, save_diffusers, save_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Of a whole sampler, `out.stablehlo`.
+
+    Attributes:
+      steps: S, the number of network calls per image.
+      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), pf-euler, or module:function.
+      eta: of the method ddim: 0 is DDIM, 1 is DDPM.
+      spacing: of τ.
+      tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
+      clip: clip each predicted x_0 to [−1, 1].
+      from_seed: it takes a seed and the images' numbers in place of x_T.
+      guidance: of a model with classes, it takes a scale too, at a second network call.
+      beside: the weights stand in a file of their own, out.safetensors, and are an argument.
+      bfloat16: weights and the network's activations.
+      platforms: what it runs on: cpu, cuda, rocm, tpu.
+    """
+
+    steps: int = 50
+    method: str = "ddim"
+    eta: float = 0.0
+    spacing: Spacing = "linear"
+    tau: str | None = None
+    clip: bool = False
+    from_seed: bool = False
+    guidance: bool = True
+    beside: bool = False
+    bfloat16: bool = False
+    platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
+
+    @property
+    def sampling(self) -> Sampling:
+        names = ("steps", "method", "eta", "spacing", "tau", "clip")
+        return Sampling(**{name: getattr(self, name) for name in names})
+
+
+ProgramOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Program]
 
 
 def export(
     model: tyro.conf.Positional[str],
     out: tyro.conf.Positional[pathlib.Path],
     source: SourceOptions,
+    program: ProgramOptions,
     float16: bool = False,
     diffusers: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as one .safetensors file, or as a folder that diffusers loads.
+    """Write a model as a .safetensors file or a diffusers folder, or a sampler as .stablehlo.
 
     Args:
       model: a run folder (its moving average is taken), or anything that `sample` takes.
-      out: the file or folder to write.
-      float16: halve the file; weights are rounded to 11 bits and read back as float32.
+      out: the file or folder to write; m.stablehlo is a whole sampler that runs with JAX alone.
+      float16: halve the weights; they are rounded to 11 bits and read back as float32.
       diffusers: write a folder for `DDIMPipeline.from_pretrained`.
       overwrite: replace the file if it exists (never a folder).
     """
+    whole = out.suffix == SUFFIX and not diffusers
     if diffusers and float16:
-        raise ValueError("--float16 is for a .safetensors file; a diffusers folder is float32")
-    if not diffusers and out.suffix != ".safetensors":
+        raise ValueError("--float16 is for a file; a diffusers folder is float32")
+    if not whole and not diffusers and out.suffix != ".safetensors":
         raise ValueError(
             f"a model is written as one .safetensors file, or with --diffusers as a folder; got "
-            f"{out}: name it {out.with_suffix('.safetensors')}"
+            f"{out}: name it {out.with_suffix('.safetensors')}, or {out.with_suffix(SUFFIX)} for a "
+            "whole sampler"
         )
-    if out.exists() and (diffusers or not overwrite):
-        raise FileExistsError(f"{out} exists; choose another, or pass --overwrite for a file")
+    if not whole and program != Program():
+        raise ValueError(f"how to sample is for a whole sampler, {out.with_suffix(SUFFIX)}")
+    if whole:
+        program.sampling.check()
+        if float16 and program.bfloat16:
+            raise ValueError("give --float16 or --bfloat16, not both")
+    described = out.with_suffix(".json")
+    for file in (out, described) if whole else (out,):
+        if file.exists() and (diffusers or not overwrite):
+            raise FileExistsError(f"{file} exists; choose another, or pass --overwrite for a file")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent} for {out.name}; make it first")
     loaded = source.load(model)
+    if whole:
+        _write_sampler(loaded, out, program, float16, overwrite)
+        return
     if diffusers:
         save_diffusers(out, loaded)
     else:
         save_model(out, loaded, float16=float16, overwrite=overwrite)
     print(f"wrote {out}: {count_params(loaded.params):,} parameters; ddim-jax sample {out}")
+
+
+def _write_sampler(
+    model: Model, out: pathlib.Path, program: Program, float16: bool, overwrite: bool
+) -> None:
+    facts = export_sampler(
+        model,
+        program.sampling.timesteps(model.schedule),
+        out,
+        program.eta,
+        method=program.method,
+        clip=program.clip,
+        start="seed" if program.from_seed else "noise",
+        guidance=program.guidance,
+        weights="beside" if program.beside else "inside",
+        dtype="bfloat16" if program.bfloat16 else "float16" if float16 else "float32",
+        platforms=program.platforms,
+        overwrite=overwrite,
+    )
+    inputs = ", ".join(
+        f"{value['name']} {value['dtype']}({', '.join(map(str, value['shape']))})"
+        for value in facts["inputs"]
+    )
+    print(
+        f"wrote {out} and {out.with_suffix('.json').name}: S = {len(facts['sampling']['tau'])}, "
+        f"{out.stat().st_size / 1e6:.1f} MB, for {', '.join(facts['platforms'])}; it takes "
+        f"{'the weights, ' if program.beside else ''}{inputs}"
+    )

@@ -106,8 +106,9 @@ class Sampling(Classes):
 
     Attributes:
       steps: S, the number of network calls per image.
-      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), pf-euler, or module:function.
-      eta: of the method ddim: 0 is DDIM, 1 is DDPM.
+      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), dpm-solver-2 (or 3, or sde), unipc-2
+        (or 3), pf-euler, or module:function.
+      eta: of the methods ddim and dpm-solver-2: 0 adds no noise, 1 is DDPM's.
       spacing: of τ.
       tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
@@ -128,7 +129,8 @@ class Sampling(Classes):
     seed: int = 0
 
     def __str__(self) -> str:
-        how = f"eta = {self.eta:g}" if self.method == "ddim" else self.method
+        eta = f"eta = {self.eta:g}"
+        how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
         parts = [f"tau {self.tau}" if self.tau else f"S = {self.steps}", how]
         parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
@@ -141,7 +143,8 @@ class Sampling(Classes):
         asked = {short: getattr(self, name) for name, short in names.items()}
         marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
         steps = len(_numbers(self.tau)) if self.tau else self.steps
-        how = f"eta{self.eta:g}" if self.method == "ddim" else self.method.replace(":", ".")
+        eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
+        how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
 
     def words(self) -> list[str]:

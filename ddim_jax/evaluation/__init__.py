@@ -1,6 +1,7 @@
 """Measuring how close samples are to data: distances, precision and recall, and their names."""
 
 from ddim_jax.evaluation import extractors
+from ddim_jax.evaluation.bits import BitsPerDim, bits_per_dim
 from ddim_jax.evaluation.extractors import Extractor, features, parse_extractor
 from ddim_jax.evaluation.figures import Evaluation, Figure, evaluate
 from ddim_jax.evaluation.frechet import (
@@ -18,6 +19,7 @@ from ddim_jax.evaluation.precision_recall import PrecisionRecall, precision_reca
 from ddim_jax.evaluation.reference import Reference, load_reference, reference_statistics
 
 __all__ = [
+    "BitsPerDim",
     "Evaluation",
     "Extractor",
     "Figure",
@@ -25,6 +27,7 @@ __all__ = [
     "Moments",
     "PrecisionRecall",
     "Reference",
+    "bits_per_dim",
     "evaluate",
     "extractors",
     "features",

@@ -71,8 +71,8 @@ def generate(
         further ones are what one call would have drawn.
       steps: S, the number of network calls per image; or τ itself, strictly increasing ints in
         1..T, such as `timesteps(..., exact=False)` or `optimise_timesteps` give.
-      eta: η of the method "ddim": 0 is DDIM, 1 is DDPM.
-      method: a name in `METHODS`, such as "adams-bashforth-2" or "ddpm-large", or
+      eta: η of the methods "ddim" and "dpm-solver-2": 0 adds no noise, 1 is DDPM's.
+      method: a name in `METHODS`, such as "dpm-solver-2" or "ddpm-large", or
         "module:function" of your own.
       spacing: of the S steps; see `timesteps`.
       clip: clip each x̂_0 to [−1, 1].

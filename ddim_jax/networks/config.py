@@ -149,7 +149,9 @@ def check_inputs(config: UNetConfig, x: Any, t: Any, labels: Any) -> tuple[Any, 
         raise TypeError(f"x must be floating, in the scale of x_t, got {x.dtype}: convert it first")
     check_divisible("height of x", x.shape[1], config)
     check_divisible("width of x", x.shape[2], config)
-    t = _check_ints("t", t, x.shape[0], 1, None, "the paper's 1..T; 1 is subtracted in apply_fn")
+    t = _check_numbers(
+        *("t", t, x.shape[0], 1, None, "the paper's 1..T; 1 is subtracted in apply_fn"), real=True
+    )
     if config.num_classes is None:
         if labels is not None:
             raise ValueError("labels given to an unconditional network: set config.num_classes")
@@ -157,12 +159,19 @@ def check_inputs(config: UNetConfig, x: Any, t: Any, labels: Any) -> tuple[Any, 
         labels = jnp.full(x.shape[:1], config.num_classes)
     else:
         meaning = f"0..{config.num_classes}, {config.num_classes} for no label"
-        labels = _check_ints("labels", labels, x.shape[0], 0, config.num_classes, meaning)
+        labels = _check_numbers("labels", labels, x.shape[0], 0, config.num_classes, meaning)
     return x, t, labels
 
 
-def _check_ints(
-    name: str, a: Any, batch: int, low: int, high: int | None, meaning: str
+def _check_numbers(
+    name: str,
+    a: Any,
+    batch: int,
+    low: int,
+    high: int | None,
+    meaning: str,
+    *,
+    real: bool = False,
 ) -> jax.Array:
     a = a if isinstance(a, jax.Array) else np.asarray(a)  # JAX would wrap around what is too large
     if a.shape != (batch,):
@@ -170,10 +179,11 @@ def _check_ints(
             f"{name} must have shape ({batch},), one per image, got {a.shape}: "
             f"use jnp.full({batch}, value) for one value"
         )
-    if not jnp.issubdtype(a.dtype, jnp.integer):
+    kinds = (jnp.integer, jnp.floating) if real else (jnp.integer,)
+    if not any(jnp.issubdtype(a.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be integer ({meaning}), got {a.dtype}")
     if not isinstance(a, jax.core.Tracer):
         top = np.iinfo(np.int32).max if high is None else high
-        if bad := [int(v) for v in np.asarray(a) if not low <= v <= top]:
+        if bad := [v.item() for v in np.asarray(a) if not low <= v <= top]:
             raise ValueError(f"{name} must be in {meaning}; got {bad[0]}")
     return jnp.asarray(a)

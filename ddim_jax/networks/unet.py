@@ -33,7 +33,7 @@ def timestep_embedding(index: jax.Array, dim: int) -> jax.Array:
     halves and h − 1 for h, as in the code released by Ho et al. (2020).
 
     Args:
-        index: (batch,) the network's 0-based index, t − 1; below 0 gives NaN.
+        index: (batch,) the network's 0-based index, t − 1, integer or not; below 0 gives NaN.
         dim: even, at least 4.
 
     Returns:
@@ -328,7 +328,9 @@ def make_apply(config: UNetConfig) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         check_params(params, abstract)
         x, t, labels = check_inputs(config, x, t, labels)
-        return nnx.merge(graphdef, params)(x, t.astype(jnp.int32) - 1, dropout_key, labels)
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            t = t.astype(jnp.int32)
+        return nnx.merge(graphdef, params)(x, t - 1, dropout_key, labels)
 
     return apply_fn
 
@@ -341,8 +343,9 @@ def build(config: UNetConfig, key: jax.Array) -> tuple[Callable[..., jax.Array],
 
     - params: as returned, or any dict of the same structure and shapes;
     - x: (B, H, W, in_channels) floating; H and W multiples of `config.downsampling`;
-    - t: (B,) integer, the paper's 1..T. Ho et al.'s networks take t − 1, subtracted here, once; t
-      below 1 gives NaN where it is traced;
+    - t: (B,) the paper's 1..T, integer, or floating between them, for which the sinusoids are
+      defined too though none was trained. Ho et al.'s networks take t − 1, subtracted here, once;
+      t below 1 gives NaN where it is traced;
     - dropout_key: a JAX random key in training; None: no dropout;
     - labels: (B,) integer in 0..num_classes, where num_classes means "no label" (as None does);
       a label out of range gives NaN where it is traced;

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, is_concrete, per_image, wide
+from ddim_jax.process.continuous import signal_and_noise
 from ddim_jax.process.gaussian import Coefficients, coefficients
 from ddim_jax.process.schedule import Schedule
 
@@ -279,13 +280,17 @@ def _fed(network: Any, schedule: Schedule, sigma_data: float, *args: Any, **kwar
     """The network's output where x_t, the argument before t, is divided by s."""
     is_t = (jnp.issubdtype(getattr(a, "dtype", float), jnp.integer) for a in args)
     i = next((i for i, found in enumerate(is_t) if found), 0)
+    real = i == 0 and len(args) > 1 and np.ndim(args[-1]) == 1  # t between the whole ones
+    i = len(args) - 1 if real else i
     if i == 0:
         raise TypeError('an "edm" network is called with x and, after it, t of integers')
     x, t = wide(args[i - 1]), args[i]
-    c = coefficients(schedule, t, t * 0)
-    s = _scale(
-        per_image(c.sqrt_alpha_bar_t, x), per_image(c.sqrt_one_minus_alpha_bar_t, x), sigma_data
-    )
+    if real:
+        both: Any = signal_and_noise(schedule, t)
+    else:
+        c = coefficients(schedule, t, t * 0)
+        both = c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t
+    s = _scale(per_image(both[0], x), per_image(both[1], x), sigma_data)
     return network(*args[: i - 1], (x / s).astype(args[i - 1].dtype), *args[i:], **kwargs)
 
 

@@ -1,7 +1,10 @@
 """Sampling: methods as tables, the scan that runs them, and all that is built on it."""
 
 from ddim_jax.sampling.adams_bashforth import adams_bashforth, pf_euler
+from ddim_jax.sampling.bound import Bound, variational_bound
 from ddim_jax.sampling.clipping import clip_x0, dynamic_threshold
+from ddim_jax.sampling.density import Density, dequantise, ode_density
+from ddim_jax.sampling.dpm_solver import dpm_solver
 from ddim_jax.sampling.editing import inpaint, start_from
 from ddim_jax.sampling.encoding import encode, encoder, reconstruct, reconstruction_error
 from ddim_jax.sampling.guidance import (
@@ -36,3 +39,4 @@ from ddim_jax.sampling.tau_search import (
     refine_timesteps,
     step_errors,
 )
+from ddim_jax.sampling.unipc import unipc

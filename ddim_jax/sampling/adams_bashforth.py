@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import ArrayLike, is_concrete
-from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.schedule import Schedule
-from ddim_jax.sampling.plan import Method, Plan, pairs
+from ddim_jax.sampling.lagrange import integrals
+from ddim_jax.sampling.plan import Method, Plan, euler
 
 
 def adams_bashforth(order: int = 2, *, variable: str = "angle") -> Method:
@@ -64,7 +64,7 @@ def adams_bashforth(order: int = 2, *, variable: str = "angle") -> Method:
     _check_order(order, variable)
 
     def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
-        plan = _euler(schedule, tau)
+        plan = euler(schedule, tau)
         weights = adams_bashforth_weights(_sigma(plan.steps), order, variable)
         return dataclasses.replace(plan, weights=weights)
 
@@ -93,7 +93,7 @@ def pf_euler() -> Method:
     """
 
     def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
-        plan = _euler(schedule, tau)
+        plan = euler(schedule, tau)
         sigma = _sigma(plan.steps)
         weights = (sigma[1:] + sigma[:-1]) / (2 * sigma[:-1])  # ½(σ_s² − σ_t²)/σ_t over σ_s − σ_t
         return dataclasses.replace(plan, weights=weights[:, None])
@@ -149,12 +149,7 @@ def _integrals(xp: Any, node: Any, known: np.ndarray, start: Any, end: Any, vari
     v = (low + high) / 2 + points[None] * (high - low) / 2  # (S, 32)
     d_sigma = xp.cosh(v) * weights[None] * (high - low) / 2
     u: Any = xp.arctan if variable == "angle" else lambda sigma: sigma
-    at, node = u(xp.sinh(v)), u(node)
-    others = known[:, :, None] & known[:, None, :] & ~np.eye(node.shape[1], dtype=bool)[None]
-    gap = xp.where(others, node[:, :, None] - node[:, None, :], 1)  # [n, j, m], m ≠ j
-    factor = (at[:, None, None] - node[:, None, :, None]) / gap[..., None]
-    lagrange = xp.where(others[..., None], factor, 1).prod(2)
-    return xp.where(known, (lagrange * d_sigma[:, None]).sum(-1), 0)
+    return integrals(u(node), known, u(xp.sinh(v)), d_sigma)
 
 
 def _check_order(order: int, variable: str) -> None:
@@ -162,12 +157,6 @@ def _check_order(order: int, variable: str) -> None:
         raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
     if variable not in ("angle", "sigma"):
         raise ValueError(f'variable must be "angle" or "sigma", got {variable!r}')
-
-
-def _euler(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
-    """DDIM's own plan at η = 0, for another ε in each step."""
-    t, s = pairs(schedule, tau)
-    return Plan(t, coefficients(schedule, t, s)._replace(sigma=None))
 
 
 def _sigma(c: Any) -> Any:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-import jax
 import numpy as np
 
 from ddim_jax.arrays import ArrayLike, import_name, is_concrete
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.adams_bashforth import adams_bashforth, pf_euler
-from ddim_jax.sampling.plan import Method, Plan, pairs
+from ddim_jax.sampling.dpm_solver import dpm_solver
+from ddim_jax.sampling.plan import Method, Plan, euler, pairs
+from ddim_jax.sampling.unipc import unipc
 
 
 def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | None = None) -> Method:
@@ -44,15 +44,7 @@ def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | None = None) -> Method:
     """
     if sigma is not None and is_concrete(eta) and np.any(np.asarray(eta) != 0):
         raise ValueError(f"give eta or sigma, not both: got eta = {eta} and a sigma")
-
-    def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
-        t, s = pairs(schedule, tau)
-        steps = coefficients(schedule, t, s, _along("eta", eta, t), sigma=_along("sigma", sigma, t))
-        noise = eta if sigma is None else sigma
-        silent = is_concrete(noise) and not np.any(np.asarray(noise))
-        return Plan(t, steps._replace(sigma=None) if silent else steps)
-
-    return plan
+    return partial(euler, eta=eta, sigma=sigma)
 
 
 def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
@@ -100,9 +92,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adams-bashforth-2": partial(adams_bashforth, 2),
     "adams-bashforth-3": partial(adams_bashforth, 3),
     "adams-bashforth-4": partial(adams_bashforth, 4),
+    "dpm-solver-2": partial(dpm_solver, 2),
+    "dpm-solver-3": partial(dpm_solver, 3),
+    "dpm-solver-sde": partial(dpm_solver, 2, eta=1.0),
+    "unipc-2": partial(unipc, 2),
+    "unipc-3": partial(unipc, 3),
     "pf-euler": pf_euler,
 }
 """Name → a function that returns the method; what `--method` knows."""
+WITH_ETA = ("ddim", "dpm-solver-2")
+"""The names that go with an η of one's choice."""
 
 
 def find_method(name: str, eta: float = 0.0) -> Method:
@@ -110,7 +109,7 @@ def find_method(name: str, eta: float = 0.0) -> Method:
 
     Args:
       name: such as `"ddim"` or `"adams-bashforth-2"`.
-      eta: of `"ddim"`; the others have none.
+      eta: of those in `WITH_ETA`, `"ddim"` and `"dpm-solver-2"`; the others have none.
 
     Returns:
       A `Method`.
@@ -123,24 +122,14 @@ def find_method(name: str, eta: float = 0.0) -> Method:
       >>> find_method("ddim", 0.5) is not None
       True
     """
-    if eta and name != "ddim":
-        raise ValueError(f'eta = {eta:g} goes with method "ddim"; {name!r} has no eta')
+    if eta and name not in WITH_ETA:
+        raise ValueError(
+            f"eta = {eta:g} goes with the methods {' and '.join(WITH_ETA)}; {name!r} has no eta"
+        )
     if name in METHODS:
-        return METHODS[name](eta) if name == "ddim" else METHODS[name]()
+        return METHODS[name](eta=eta) if eta else METHODS[name]()
     if ":" not in name:
         raise ValueError(
             f"unknown method {name!r}; choose {', '.join(METHODS)}, or module:function"
         )
     return import_name(name, "method")()
-
-
-def _along(name: str, value: Any, t: Any) -> Any:
-    """η or σ along τ, in the order of sampling."""
-    if value is not None and np.shape(value) not in ((), t.shape):
-        raise ValueError(
-            f"{name} must be a scalar or one value per element of tau, {t.shape}, got shape "
-            f"{np.shape(value)}"
-        )
-    if np.shape(value) == ():
-        return value
-    return (value if isinstance(value, jax.Array) else np.asarray(value))[::-1]

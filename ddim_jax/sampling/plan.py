@@ -5,9 +5,10 @@ place of the prediction,
 
     x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε̄ + σ z,   ε̄ = Σ_j w_j ε_j   (or x̄_0 = Σ_j w_j x̂_0,j),
 
-where j counts calls back in time, and each of (x̂_0, ε̄) fixes the other at x_t. The numbers are
-known before the run: a method is a function (schedule, τ) → `Plan`, one row a step, and two methods
-of one memory length are one compiled program.
+where j counts calls back in time, and each of (x̂_0, ε̄) fixes the other at x_t. A corrector first
+adds Σ_j c_j m_j of the same memory to x_t. The numbers are known before the run: a method is a
+function (schedule, τ) → `Plan`, one row a step, and two methods of one memory length are one
+compiled program.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ddim_jax.arrays import (
     normal,
     wide,
 )
-from ddim_jax.process.gaussian import Coefficients
+from ddim_jax.process.gaussian import Coefficients, coefficients
 from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
@@ -51,7 +52,10 @@ class Plan:
         nothing is remembered.
       told: `Coefficients` of (S,) of the t that the network is told, where it is not the state's
         (encoders); else None.
-      remembers: which predictions `weights` sums: `"eps"` or `"x_0"`.
+      remembers: which predictions `weights` and `corrects` sum: `"eps"` or `"x_0"`.
+      corrects: (S, M), newest first: what of the last M predictions is added to the state after
+        the network was called with it and before it steps on; None where nothing is. Beside
+        `weights`, whose memory it sums.
 
     Example:
       >>> import ddim_jax as ddim
@@ -65,6 +69,7 @@ class Plan:
     weights: Any = None
     told: Coefficients | None = None
     remembers: str = dataclasses.field(default="eps", metadata={"static": True})
+    corrects: Any = None
 
 
 class Method(Protocol):
@@ -95,6 +100,29 @@ def pairs(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> tuple[Any, Any]
     return tau[::-1], xp.concatenate([tau[-2::-1], xp.zeros(1, tau.dtype)])
 
 
+def euler(
+    schedule: Schedule,
+    tau: ArrayLike | Sequence[int],
+    eta: ArrayLike = 0.0,
+    sigma: ArrayLike | None = None,
+) -> Plan:
+    """DDIM's own plan, Eq. 12 with σ(η) of Eq. 16 or σ along τ: where every method starts.
+
+    Raises:
+      ValueError: τ, η or σ is out of range, or one of the latter is of another length than τ.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> euler(ddim.linear_schedule(1000), [1, 500, 1000], eta=1.0).steps.sigma.round(2).tolist()
+      [0.96, 0.01, 0.0]
+    """
+    t, s = pairs(schedule, tau)
+    steps = coefficients(schedule, t, s, _along("eta", eta, t), sigma=_along("sigma", sigma, t))
+    noise = eta if sigma is None else sigma
+    silent = is_concrete(noise) and not np.any(np.asarray(noise))
+    return Plan(t, steps._replace(sigma=None) if silent else steps)
+
+
 def run(
     denoise: Denoiser,
     x_T: Array,
@@ -120,6 +148,8 @@ def run(
       (x_0, (x_t, x̂_0) of the kept steps, each (K, B, ...)), in x_T's dtype.
     """
     x_T = check_batch(x_T)
+    if plan.corrects is not None and plan.weights is None:
+        raise ValueError("a plan that corrects sums a memory: give it weights (S, M) too")
     if keys is not None and keys.shape != x_T.shape[:1]:
         raise ValueError(f"got keys of {keys.shape[0]} images for {x_T.shape[0]} images")
     prediction, x = prediction_of(denoise), wide(x_T)
@@ -138,7 +168,8 @@ def run(
         if now.weights is not None:
             past = jnp.concatenate([(eps if now.remembers == "eps" else x_0)[None], past[:-1]])
             mean = jnp.einsum("j,j...->...", now.weights, past)
-            x_0, eps = to_x0_eps(now.steps, x, mean, now.remembers)
+            state = x if now.corrects is None else x + jnp.einsum("j,j...->...", now.corrects, past)
+            x_0, eps = to_x0_eps(now.steps, state, mean, now.remembers)
         z = z if keys is None else step_noise(keys, now.t, x)
         if num_kept:
             kept = tuple(
@@ -191,3 +222,15 @@ def step_noise(keys: Array, t: Array, like: Array) -> Array:
     """z ~ N(0, I) of image k at t, from `fold_in(key of k, t)` alone."""
     draw = lambda key: normal(jax.random.fold_in(key, t), like.shape[1:], like.dtype)  # noqa: E731
     return jax.vmap(draw)(keys)
+
+
+def _along(name: str, value: Any, t: Any) -> Any:
+    """η or σ along τ, in the order of sampling."""
+    if value is not None and np.shape(value) not in ((), t.shape):
+        raise ValueError(
+            f"{name} must be a scalar or one value per element of tau, {t.shape}, got shape "
+            f"{np.shape(value)}"
+        )
+    if np.shape(value) == ():
+        return value
+    return (value if isinstance(value, jax.Array) else np.asarray(value))[::-1]

@@ -1,8 +1,9 @@
 """Better τ: choose the S timesteps by what their steps cost, instead of by a formula.
 
 `step_errors` looks once at one fine trajectory per latent and tells the error of every single
-step t → s; `optimise_timesteps` finds, for any S, the τ of least total by dynamic programming (no
-more network calls); `refine_timesteps` improves a τ on the error of the whole run, if wanted.
+step t → s of DDIM; `optimise_timesteps` finds, for any S, the τ of least total by dynamic
+programming (no more network calls), which serves the other methods too; `refine_timesteps` improves
+a τ on the error of the whole run of any method.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def refine_timesteps(
     *,
     sweeps: int = 10,
 ) -> np.ndarray:
-    """Improve τ for one sampler by coordinate descent on the error of the whole run.
+    """Improve τ for one sampler, of any method, by coordinate descent on the error of whole runs.
 
     Minimises the RMS over pixels and latents of sampler(x_T, τ) − x_0. A sweep tries to move each
     τ_i by a share of the gap to either neighbour, and keeps what helps; the share starts at 1/4
@@ -156,16 +157,17 @@ def refine_timesteps(
       sampler: (x_T, τ (S,) int32) → x_0, jitted with τ as an argument, of any kind.
       x_T: (B, ...) latents.
       x_0: (B, ...) what they should become, e.g. `sample` with τ = 1..T, η = 0.
-      tau: (S,) where to start, such as `optimise_timesteps` gives.
+      tau: (S,) where to start, such as `optimise_timesteps` gives; or several, (K, S), of which
+        the best on these latents is the start.
       num_steps: T.
       sweeps: at most so many, ≥ 0.
 
     Returns:
-      (S,) int32 τ, never worse on these latents than the one given.
+      (S,) int32 τ, never worse on these latents than any one given.
 
     Raises:
-      ValueError: τ is out of range, sweeps is negative, the shapes of x_T and x_0 differ, or the
-        first run is not finite.
+      ValueError: τ is out of range, sweeps is negative, the shapes of x_T and x_0 differ, or no
+        first run is finite.
 
     Example:
       >>> import ddim_jax as ddim, jax, numpy as np
@@ -177,7 +179,7 @@ def refine_timesteps(
       >>> ddim.refine_timesteps(sampler, x_T, x_0, [30, 60, 90], 100, sweeps=2).shape
       (3,)
     """
-    best = as_timesteps(np.asarray(tau), num_steps)
+    starts = [as_timesteps(one, num_steps) for one in np.atleast_2d(np.asarray(tau))]
     if jnp.shape(x_T) != jnp.shape(x_0):
         raise ValueError(f"x_T and x_0 must have one shape, got {x_T.shape} and {x_0.shape}")
     if sweeps < 0:
@@ -187,9 +189,10 @@ def refine_timesteps(
     def error(tau: np.ndarray) -> float:
         return float(np.sqrt(np.mean((np.asarray(sampler(x_T, tau), np.float64) - target) ** 2)))
 
-    least = error(best)
-    if not np.isfinite(least):
-        raise ValueError(f"the sampler's error with the given tau is {least}")
+    errors = [error(start) for start in starts]
+    if not np.isfinite(errors).any():
+        raise ValueError(f"the sampler's error with the given tau is {errors[0]}")
+    best, least = starts[int(np.nanargmin(errors))], float(np.nanmin(errors))
     share = 4
     for _ in range(sweeps):
         before = least

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, check_batch, is_concrete
+from ddim_jax.process.continuous import signal_and_noise
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.schedule import Schedule
 
@@ -28,11 +29,12 @@ def flatten(schedule: Schedule, x: Array, t: ArrayLike) -> tuple[Array, Array, A
         raise ValueError(f"t must lie in 1..T = 1..{schedule.num_steps}, got {t}")
     dtype = x.dtype if x.dtype.itemsize >= 4 else jnp.float32
     flat = x.reshape(x.shape[0], -1).astype(dtype)
-    c = coefficients(schedule, t, t * 0)
-    a, b = (
-        jnp.broadcast_to(as_like(v, flat), x.shape[:1])[:, None]
-        for v in (c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t)
-    )
+    if jnp.issubdtype(jnp.result_type(t), jnp.floating):  # between the whole t: see `continuous`
+        both: Any = signal_and_noise(schedule, t)
+    else:
+        c = coefficients(schedule, t, t * 0)
+        both = c.sqrt_alpha_bar_t, c.sqrt_one_minus_alpha_bar_t
+    a, b = (jnp.broadcast_to(as_like(v, flat), x.shape[:1])[:, None] for v in both)
     return flat, a, b
 
 
