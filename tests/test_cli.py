@@ -20,10 +20,12 @@ from ddim_jax.generation.shards import iter_shards
 from ddim_jax.networks import unet
 from ddim_jax.networks.unet import abstract_params, count_params
 from ddim_jax.pictures.images import grid, to_uint8
-from ddim_jax.storage.checkpoint import saved_steps
+from ddim_jax.process import ScheduleConfig
+from ddim_jax.storage.checkpoint import restore_config, saved_steps
 from ddim_jax.storage.weights_file import write_safetensors
+from ddim_jax.training import fitting
 from ddim_jax.training.presets import PRESETS
-from ddim_jax.weights import to_facts
+from ddim_jax.weights import load_model, save_model, to_facts
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import torch_writer
 
@@ -48,7 +50,9 @@ def command(monkeypatch, tmp_path, capsys, one_device):
 SMALL = (
     "--model.channels 32 --model.multipliers 1 --model.attention-resolutions --train.batch-size 8"
 )
-SHORT = f"{SMALL} --train.log-every 2 --train.checkpoint-every 2 --train.no-cosine-decay"
+OFTEN = "--train.log-every 2 --train.checkpoint-every 2 --train.no-cosine-decay"
+TUNE = f"--train.batch-size 8 --train.sample-every 0 {OFTEN}"
+SHORT = f"{SMALL} {OFTEN}"
 
 
 def test_train_resume_sample_info(command, tmp_path):
@@ -106,6 +110,44 @@ def test_sample_the_shipped_model(command, tmp_path):
     command("sample digits --num-images 1 --steps 3 --method ddpm-large --clip --out hat.png")
 
 
+def test_fine_tune_a_saved_model_with_classes(command, tmp_path):
+    network = unet.UNetConfig(8, 1, 32, (1,), num_blocks=1, attention_resolutions=())
+    facts = to_facts(ScheduleConfig("cosine", 10), network, "x_0")
+    apply_fn, params = unet.build(network, jax.random.key(0))
+    own = ddim.Model(
+        ddim.predicts(apply_fn, "x_0"), params, ddim.cosine_schedule(10), network, facts
+    )
+    save_model(tmp_path / "m.safetensors", own)
+    line = f"train digits --init m.safetensors --model.num-classes 10 {TUNE} --out tuned"
+    said = command(f"{line} --train.num-updates 2")
+    assert "starting from m.safetensors (" in said
+    assert "with a new table of 10 classes, each at first as without a label" in said
+    began = restore_config(tmp_path / "tuned" / "checkpoints", 2)
+    with pytest.raises(SystemExit, match="was begun from m.safetensors .*, not from digits "):
+        command(f"{line} --train.num-updates 4 --resume must".replace("m.safetensors", "digits"))
+    # Network, schedule and prediction are the run's, of which the preset knows nothing.
+    command(f"train digits {TUNE} --out tuned --train.num-updates 4 --resume must")
+    went_on = restore_config(tmp_path / "tuned" / "checkpoints", 4)
+    assert {**went_on, "train": 0} == {**began, "train": 0}
+    assert load_model(tmp_path / "tuned").config.num_classes == 10
+
+
+def test_images_of_ones_own_for_some_minutes(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "time_update", lambda *_: 0.125)
+    line = "train images --data.name digits --model.multipliers 1 --train.batch-size 8 --out run"
+    said = command(f"{line} --minutes 0.025 --data.holdout 0.1")
+    assert "8×8×1 on cpu: a network of" in said
+    assert "12 updates of 8 images" in said
+    saved = restore_config(tmp_path / "run" / "checkpoints")
+    assert (saved["train"]["num_updates"], saved["train"]["cosine_decay"]) == (12, True)
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    monkeypatch.setattr(fitting, "time_update", lambda *_: 1 / 0)  # not timed again
+    command(f"{line} --minutes 0.025 --data.holdout 0.1 --resume must")
+    command(f"{line} --data.holdout 0.1 --resume auto")
+    with pytest.raises(SystemExit, match=r"data.holdout: saved 180, now nothing"):
+        command(f"{line} --resume must")
+
+
 def test_names_say_the_method_and_its_eta():
     given = [("ddim", 0.0), ("unipc-2", 0.0), ("dpm-solver-2", 0.5), ("mine:early", 0.0)]
     sampling = [Sampling(method=method, eta=eta) for method, eta in given]
@@ -116,6 +158,8 @@ def test_names_say_the_method_and_its_eta():
 
 def test_dry_run_of_every_preset(command, tmp_path):
     for name, make in PRESETS.items():
+        if name == "images":  # it has no data of its own
+            continue
         said = command(f"train {name} --dry-run --train.seed 12")
         parameters = count_params(abstract_params(make().model))
         assert f"parameters: {parameters:,}" in said
@@ -161,6 +205,21 @@ def test_presets_say_command_hardware_and_score():
         ("train digits --train.fsdp 3 --dry-run", "fsdp must divide the number of devices, 1"),
         ("train digits --resume must --dry-run", "no checkpoint to resume from"),
         ("train digits --train.fsdp 3 --dry-run", "fsdp must divide"),
+        ("train digits --init nothing", "no model 'nothing'"),
+        ("train digits --init digits --model.channels=64", "model.channels = 32, asked for is 64"),
+        ("train digits --init digits --schedule.kind cosine", "schedule.kind = 'linear', asked"),
+        ("train digits --init digits --train.prediction eps", "train.prediction = 'v', asked"),
+        ("train digits --init digits --model.num-classes 9", "for 9 classes, digits has 10: set"),
+        ("train digits --init digits --init-as.step 3", "step=3 is for run folders"),
+        ("train digits --init-as.step 3", "--init-as says how to read --init: give --init too"),
+        ("train digits --init digits --data.resize 16", "bring them there with --data.resize 8"),
+        ("train digits --data.holdout 1797", "leave at least one to learn from"),
+        ("train digits --wandb one two", "--wandb takes one project, got one two"),
+        ("train digits --wandb a/b", "no name for a W&B project: 'a/b'"),
+        ("train images", "images trains on images of your own: give --data.name DIR"),
+        ("train images --data.name digits --data.resize 33", "33×33 can be halved 0 times"),
+        ("train images --data.name digits --minutes 0", "--minutes must be positive"),
+        ("train images --minutes 1 --train.num-updates 9", "give one of them, not both"),
         ("sample nothing --method cubic", "unknown method 'cubic'; choose ddim, "),
         ("sample nothing --method no_such:f", "No module named 'no_such'\n"),
         ("sample nothing --method ddpm --eta 0.5", "'ddpm' has no eta"),

@@ -43,6 +43,7 @@ DOORS = {
     "sklearn": {"data.sets"},
     "tensorboardX": {"training.run_folder"},
     "tensorflow_datasets": {"data.tfds"},
+    "wandb": {"training.watching"},
 }
 
 

@@ -31,7 +31,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "sample": (
         "ddim_jax.cli.sample:sample",
-        "Draw images with a trained model, and save them as one PNG.",
+        "Draw images with a trained model, and save them as one PNG, or as you say.",
     ),
     "generate": (
         "ddim_jax.cli.generate:generate",
@@ -44,6 +44,10 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     "info": (
         "ddim_jax.cli.info:info",
         "Say what a model or a run is: progress, checkpoints, configuration.",
+    ),
+    "average": (
+        "ddim_jax.cli.average:average",
+        "Write the weights of a run under a moving average of another length, as one file.",
     ),
     "export": (
         "ddim_jax.cli.export:export",

@@ -11,18 +11,21 @@ import jax
 import tyro
 
 from ddim_jax.arrays import import_name
-from ddim_jax.cli.options import ProcessOptions, check_writable, describe
+from ddim_jax.cli.options import ProcessOptions, Source, check_writable, describe
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import abstract_params, build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.storage.checkpoint import restore_config, saved_steps
 from ddim_jax.storage.files import write_whole
+from ddim_jax.training import fitting
 from ddim_jax.training.loop import fit
-from ddim_jax.training.presets import PRESETS, Preset
+from ddim_jax.training.presets import PRESETS, Fitted, Preset
 from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import read_metrics
+from ddim_jax.training.starting import Start, check_same_start, facts_of_run, follow, start_from
 from ddim_jax.training.step import objective
-from ddim_jax.weights import to_facts
+from ddim_jax.training.watching import PROJECT, check_wandb
+from ddim_jax.weights import Model, to_facts
 
 # A preset of the user's own, module:function, is one more choice, if the line asks for it.
 MAKERS = {**PRESETS, **{w: import_name(w, "preset") for w in sys.argv[2:3] if ":" in w}}
@@ -38,8 +41,11 @@ def train(
     processes: ProcessOptions,
     out: pathlib.Path | None = None,
     data_dir: pathlib.Path | None = None,
+    init: str | None = None,
+    init_as: Source = Source(),  # noqa: B008
     resume: Literal["never", "auto", "must"] = "never",
     fallback: bool = False,
+    wandb: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[PROJECT]")] = None,
     dry_run: bool = False,
 ) -> None:
     """Train a preset on all devices; every field of it can be overridden.
@@ -50,43 +56,68 @@ def train(
       preset: what to train, or module:function of your own, which returns a `Preset`.
       out: the run folder, runs/PRESET by default.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
+      init: fine-tune a model: a shipped name, a run folder, a weights file, a diffusers folder, a
+        PyTorch file. Network, schedule and prediction are its own; classes may be added.
+      init_as: what the model's file does not say, or which of its contents is meant.
       resume: "never": `out` must not hold a run. "must": continue from its last checkpoint.
         "auto": continue where there is one, begin where there is none.
       fallback: on resuming, pass over damaged checkpoints (they are moved to damaged/).
+      wandb: send metrics and pictures to Weights & Biases too, "ddim_jax" if no project is named.
       dry_run: check what a run would, print the configuration and the parameter count, and stop.
     """
     out = out or pathlib.Path("runs") / preset.name
+    project = _project(wandb)
+    if init is None and init_as != Source():
+        raise ValueError("--init-as says how to read --init: give --init too")
     if not dry_run:
         processes.join()
-    schedule = preset.schedule.build()
-    objective(schedule, preset.train)
     check_writable(out / "checkpoints")
-    facts = {"preset": preset.name, **to_facts(preset.schedule, preset.model)}
+    if project is not None:
+        check_wandb(out, project)
+    given = _given(sys.argv)
+    if isinstance(preset, Fitted):
+        fitting.check_minutes(preset, given)
+    saved = {} if resume == "never" else facts_of_run(out)
+    model = None if init is None else init_as.load(init)
+    origin = model.facts if model else saved if "init" in saved else None
+    if origin is not None:
+        preset = follow(preset, given, origin, init or str(out))
+    objective(preset.schedule.build(), preset.train)
+    dataset, missing = _data(preset, data_dir, dry_run)
+    if isinstance(preset, Fitted) and dataset:
+        preset = _fitted(preset, given, dataset, saved, network=origin is None)
+    if dataset:
+        _check_shape(dataset, preset, init)
+    start = None
+    if model and init:
+        start = _tuned(preset, model, init)
+        check_same_start(saved, start.facts, str(out))
+    facts = {
+        "preset": preset.name,
+        **(start.facts if start else to_facts(preset.schedule, preset.model)),
+    }
     if dry_run:
-        shapes = abstract_params(preset.model)
-        print(
-            describe(
-                {**dataclasses.asdict(preset), "parameters": count_params(shapes), "out": str(out)}
-            )
-        )
-        print(_checked(preset, data_dir, out, facts, resume))
+        count = count_params(abstract_params(preset.model))
+        print(describe({**dataclasses.asdict(preset), "parameters": count, "out": str(out)}))
+        print(missing if dataset is None else _checked(preset, dataset, out, facts, resume))
         return
-    dataset = _load(preset, data_dir)
-    apply_fn, params = build(preset.model, jax.random.key(preset.train.seed))
-
-    def say(text: str) -> None:
-        if jax.process_index() == 0:
-            print(text, flush=True)
-
-    say(
-        f"training {preset.name}: {count_params(params):,} parameters, {len(dataset):,} images, on "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} in {jax.process_count()} "
-        f"process(es), into {out}"
+    assert dataset is not None
+    start = start or _fresh(preset)
+    if isinstance(preset, Fitted) and preset.minutes is not None and not saved:
+        check_run(dataset, preset.train, out, facts, preset.model.num_classes, resume)
+        preset = _timed(preset, given, start, dataset)
+    if isinstance(preset, Fitted):
+        count, kind = count_params(start.params), jax.devices()[0].device_kind
+        _tell(fitting.describe_fit(preset, count, len(dataset), kind))
+    _tell(
+        f"training {preset.name}: {count_params(start.params):,} parameters, {len(dataset):,} "
+        f"images, on {jax.device_count()} {jax.devices()[0].device_kind} in "
+        f"{jax.process_count()} process(es), into {out}"
     )
     fit(
-        apply_fn,
-        params,
-        schedule,
+        start.apply_fn,
+        start.params,
+        start.schedule,
         dataset,
         preset.train,
         out,
@@ -94,42 +125,116 @@ def train(
         num_classes=preset.model.num_classes,
         resume=resume,
         fallback=fallback,
-        say=say,
+        wandb=project,
+        say=_tell,
     )
     if jax.process_index() == 0:
         curve = plots.png_bytes(plots.loss_curve(read_metrics(out / "metrics.jsonl")))
         write_whole(out / "loss.png", curve)
     if dataset.skipped:
-        say(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
-    say(f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {out}")
+        _tell(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
+    _tell(f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {out}")
 
 
-def _load(preset: Preset, data_dir: pathlib.Path | None) -> Dataset:
-    """The data, if they are of the network's shape."""
-    dataset = preset.data.load(data_dir)
-    if dataset.image_shape != preset.model.image_shape:
-        raise ValueError(
-            f"data set {preset.data.name} has images {dataset.image_shape}, the network takes "
-            f"{preset.model.image_shape}: set --model.image-size and --model.in-channels, or "
-            "--data.resize"
+def _tell(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _given(words: list[str]) -> set[str]:
+    """The fields of the preset that a command line sets: "model.image_size", "train.flip"."""
+    options = [word.partition("=")[0][2:].replace("-", "_") for word in words if word[:2] == "--"]
+    return {option.replace(".no_", ".") for option in options if "." in option}
+
+
+def _project(wandb: tuple[str, ...] | None) -> str | None:
+    """Of --wandb, which takes one name or none."""
+    if wandb and len(wandb) > 1:
+        raise ValueError(f"--wandb takes one project, got {' '.join(wandb)}")
+    return None if wandb is None else (*wandb, PROJECT)[0]
+
+
+def _fresh(preset: Preset) -> Start:
+    """Where a run starts that starts from no model."""
+    made = build(preset.model, jax.random.key(preset.train.seed))
+    return Start(*made, preset.schedule.build(), to_facts(preset.schedule, preset.model))
+
+
+def _tuned(preset: Preset, model: Model, init: str) -> Start:
+    """Where fine-tuning starts, told."""
+    start = start_from(model, preset.model, init)
+    has, wanted = model.config.num_classes, preset.model.num_classes
+    classes = "" if wanted is None else f", its table of {wanted} classes kept"
+    if has != wanted:
+        classes = (
+            ", as it is without a label"
+            if wanted is None
+            else f", with a new table of {wanted} classes, each at first as without a label"
         )
-    return dataset
+    _tell(f"starting from {init} ({start.facts['init']['sha256'][:12]}…){classes}")
+    return start
+
+
+def _fitted(
+    preset: Fitted, given: set[str], dataset: Dataset, saved: dict[str, Any], network: bool
+) -> Fitted:
+    """A preset that suits the images, or as it was when the run began."""
+    if not saved:
+        return fitting.fit_preset(preset, given, dataset.image_shape, network=network)
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["model"].items()}
+    return fitting.filled(preset, given, tuples, saved["train"])
+
+
+def _timed(preset: Fitted, given: set[str], start: Start, dataset: Dataset) -> Fitted:
+    """A preset of as many updates as fit into its minutes."""
+    if jax.process_count() > 1:
+        raise ValueError("--minutes is for one process: give --train.num-updates")
+    _tell("timing a few updates")
+    train, classes = preset.train, preset.model.num_classes
+    part = max(train.batch_size // jax.device_count(), 1)
+    few = dataclasses.replace(train, batch_size=part, accumulate=1)
+    seconds = fitting.time_update(
+        start.apply_fn, start.params, start.schedule, few, dataset.image_shape, classes
+    )
+    return fitting.lasting(preset, given, seconds)
+
+
+def _data(
+    preset: Preset, data_dir: pathlib.Path | None, dry_run: bool
+) -> tuple[Dataset | None, str]:
+    """The data; in a dry run, where they are not here, what is said of that."""
+    if not preset.data.name:
+        raise ValueError(f"{preset.name} trains on images of your own: give --data.name DIR")
+    try:
+        return preset.data.load(data_dir), ""
+    except ValueError as error:
+        if not dry_run or not str(error).startswith("no data set"):
+            raise
+        return None, f"not checked, as the data are not here: {str(error).splitlines()[0]}"
+
+
+def _check_shape(dataset: Dataset, preset: Preset, init: str | None) -> None:
+    """Raises ValueError where the data are not of the network's shape or classes."""
+    has, takes = dataset.image_shape, preset.model.image_shape
+    if has != takes:
+        change = "set --model.image-size and --model.in-channels, or --data.resize"
+        if init is not None:
+            change = f"bring them there with --data.resize {min(takes[:2])} or --data.crop"
+            if has[2] != takes[2]:
+                change = f"{init} cannot learn images of {has[2]} channels"
+        raise ValueError(
+            f"data set {preset.data.name} has images {has}, the network takes {takes}: {change}"
+        )
 
 
 def _checked(
     preset: Preset,
-    data_dir: pathlib.Path | None,
+    dataset: Dataset,
     out: pathlib.Path,
     facts: dict[str, Any],
     resume: Literal["never", "auto", "must"],
 ) -> str:
     """What a run would check before its first step, in a line; raises what it would."""
-    try:
-        dataset = _load(preset, data_dir)
-    except ValueError as error:
-        if not str(error).startswith("no data set"):
-            raise
-        return f"not checked, as the data are not here: {str(error).splitlines()[0]}"
     model = preset.model
     mesh, config = check_run(dataset, preset.train, out, facts, model.num_classes, resume)
     done = saved_steps(out / "checkpoints")

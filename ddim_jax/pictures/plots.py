@@ -22,7 +22,7 @@ GREY = "#666666"
 
 
 def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss against step, on a logarithmic axis, with its running median.
+    """Loss against step, on a logarithmic axis, with its running median, and that held out, if any.
 
     Args:
       lines: from `run_folder.read_metrics`.
@@ -37,8 +37,18 @@ def loss_curve(lines: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     axes.semilogy(step, loss, color="#b7c9e2", linewidth=1, label="mean since the last line")
     axes.semilogy(step, smooth, color="#1f4e9c", linewidth=2, label="running median")
+    held = [line for line in lines if "held_out_loss" in line]
+    for name, style in {"held_out_loss": "--", "held_out_loss_ema": "-"}.items() if held else ():
+        axes.semilogy(
+            [line["step"] for line in held],
+            [line[name] for line in held],
+            style,
+            color="#c0392b",
+            marker="." if len(held) < 30 else "",
+            label="held out, moving average" if style == "-" else "held out",
+        )
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
+    axes.set_ylabel("loss" if held else "training loss")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

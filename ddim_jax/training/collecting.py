@@ -1,4 +1,4 @@
-"""Metrics from the devices to the log; a run that diverges is named here."""
+"""Metrics from the devices to the log, and to the user; a run that diverges is named here."""
 
 from __future__ import annotations
 
@@ -55,6 +55,22 @@ def collect(
 def means(waiting: Mapping[str, list[float]], config: TrainConfig) -> dict[str, float]:
     means = {name: sum(v) / len(v) for name, v in waiting.items() if name != "skipped"}
     return means | ({"skipped": sum(waiting["skipped"])} if config.skip_nonfinite else {})
+
+
+def forecast(steps: int, left: int, seconds: float, compiling: float, batch_size: int) -> str:
+    """How fast a run is, and how long it will take, for the user.
+
+    Example:
+      >>> forecast(120, 5880, 60.0, 12.3, 32)
+      '64 images/s, 2 steps/s: about 49 min to go (12 s of compiling apart)'
+    """
+    rate = steps / seconds
+    minutes = left / rate / 60
+    time = f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+    return (
+        f"{rate * batch_size:.3g} images/s, {rate:.2g} steps/s: about {time} to go "
+        f"({compiling:.0f} s of compiling apart)"
+    )
 
 
 def first(images: np.ndarray, count: int = 8) -> str:

@@ -25,9 +25,11 @@ from ddim_jax.storage.checkpoint import (
     saved_steps,
 )
 from ddim_jax.training import parallel
-from ddim_jax.training.collecting import collect, means
+from ddim_jax.training.averages import Averages
+from ddim_jax.training.collecting import collect, forecast, means
+from ddim_jax.training.held_out import make_held_out
 from ddim_jax.training.preview import make_preview
-from ddim_jax.training.resuming import check_facts, check_run, placed, restore_latest
+from ddim_jax.training.resuming import INHERITED, check_facts, check_run, placed, restore_latest
 from ddim_jax.training.run_folder import MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.training.step import (
     ApplyFn,
@@ -39,7 +41,9 @@ from ddim_jax.training.step import (
     make_train_step,
     objective,
 )
+from ddim_jax.training.watching import check_wandb
 
+FIRST_MINUTE = 60.0  # seconds of steps after which the user is told how long the run will take
 IN_FLIGHT = 2  # steps handed to the device before the host waits for one
 
 
@@ -55,6 +59,7 @@ def fit(
     num_classes: int | None = None,
     resume: Literal["never", "auto", "must"] = "never",
     fallback: bool = False,
+    wandb: str | None = None,
     progress: bool = True,
     on_log: Callable[[TrainState, dict[str, float]], None] | None = None,
     say: Callable[[str], None] = print,
@@ -64,7 +69,10 @@ def fit(
     The folder gets `checkpoints/`, `metrics.jsonl`, `samples/` and TensorBoard's event file. A line
     of metrics every `log_every` steps holds the step, means of loss, gradient and parameter norm
     since the last line, images per second, FLOP/s of the network's forward and backward pass, their
-    share of the devices' peak where that is known ("mfu"), and seconds since the start.
+    share of the devices' peak where that is known ("mfu"), and seconds since the start. With images
+    held out (`data.hold_out`) the first line after each picture or checkpoint has their loss too,
+    of the weights and of their average (`make_held_out`). After the first minute the user is told
+    the speed, the time left and how long compiling took.
 
     The host never waits for a step, but `IN_FLIGHT` steps later: data, steps and checkpoints go on
     at the same time. Losses and gradients are looked at when they are logged, always before a
@@ -84,12 +92,15 @@ def fit(
       facts: JSON-able, kept in every checkpoint's config beside "train" (the TrainConfig) and
         "data" (the data set's provenance): what a reader needs to rebuild apply_fn. Of our U-Net
         `ddim_jax.weights.to_facts(schedule_config, unet_config)`, without which `load_model`
-        does not read the run; a warning says so at the start.
+        does not read the run; a warning says so at the start. Of a run that goes on from a
+        trained model, those of `start_from`, which also gives apply_fn and params.
       num_classes: see `make_train_step`.
       resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
         "auto": continue where there is a checkpoint, begin where there is none.
       fallback: where the latest checkpoint is damaged, say so, move it to `damaged/` and continue
         from the newest intact one.
+      wandb: a project of Weights & Biases, to send metrics and pictures to. The run folder keeps
+        the id of the run there, which a resumed run goes on with.
       progress: show a progress bar on stderr.
       on_log: called with the state and each line of metrics; the state dies with the next step,
         so copy what you keep.
@@ -108,6 +119,7 @@ def fit(
         split over the devices; or `facts` tell of another schedule, or of a U-Net with other
         parameters, classes or images.
       RuntimeError: worker processes, and a main script without `if __name__ == "__main__":`.
+      ModuleNotFoundError: `wandb` is asked for, and not installed.
       FloatingPointError: a loss or gradient is not finite.
       Preempted: a signal asked to stop, and the state is saved.
     """
@@ -116,6 +128,8 @@ def fit(
     apply_fn = predicts(apply_fn, objective(schedule, config)[0], schedule=schedule)
     mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
     check_facts(config_dict, params, schedule, dataset, num_classes, folder, say)
+    if wandb is not None:
+        check_wandb(directory, wandb)
     params = jax.tree.map(np.asarray, params)
     like = jax.eval_shape(lambda p: init_state(p, config), params)
     sharding = parallel.state_sharding(mesh, like)
@@ -126,6 +140,8 @@ def fit(
             restored = restore_latest(folder, like, fallback, say, config_dict)
             state, step = restored.state, restored.step
             waiting, in_a_row = (restored.data_state[k] for k in ("waiting", "skipped_in_a_row"))
+            inherited = INHERITED & restored.config.keys()
+            config_dict |= {name: restored.config[name] for name in inherited}
             if step > config.num_updates:
                 raise ValueError(
                     f"{directory} is at step {step}, past num_updates = {config.num_updates}"
@@ -150,22 +166,34 @@ def fit(
         preview = make_preview(
             apply_fn, schedule, dataset.image_shape, num_classes, mesh, config.seed, say
         )
+        held_out = None
+        if dataset.held_out is not None:
+            judged = (apply_fn, schedule, dataset.held_out, config, num_classes, mesh)
+            held_out = make_held_out(*judged)
+        averages = Averages(directory, state.params, start) if config.post_hoc else None
         pending: list[Metrics] = []  # on the devices
         began = logged = time.perf_counter()
         since, stop = start, False  # the step of the last line of this process
+        told = False  # how long it will take
         shown = progress and jax.process_index() == 0
         with (
             Checkpoints(folder, config.keep) as checkpoints,
-            MetricsLog(directory, start) as log,
+            MetricsLog(directory, start, wandb, config_dict) as log,
             tqdm(total=config.num_updates, initial=start, unit="step", disable=not shown) as bar,
         ):
             while step < config.num_updates:
                 batch = parallel.put_batch(mesh, next(iterator))
                 if step == start:
+                    bar.set_postfix_str("compiling")
                     train_step = train_step.lower(state, batch).compile()
+                    compiling = time.perf_counter() - began
+                    bar.set_postfix_str(f"compiled in {compiling:.0f} s")
+                    bar.unpause()  # the clock of its speed
                     began = logged = time.perf_counter()
                 state, metrics = train_step(state, batch)
                 step += 1
+                if averages:
+                    averages.update(state.params, step)
                 pending.append(metrics)
                 if len(pending) > IN_FLIGHT:
                     pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
@@ -174,9 +202,16 @@ def fit(
                 stop = signals.requested(step) and not last
                 to_save = step % config.checkpoint_every == 0 or last or stop
                 to_log = step % config.log_every == 0 or last
+                drawn = config.sample_every and (step % config.sample_every == 0 or last)
+                if not told and (passed := time.perf_counter() - began) > FIRST_MINUTE and not last:
+                    told, left = True, config.num_updates - step
+                    say(forecast(step - start, left, passed, compiling, config.batch_size))
                 if to_save or to_log:
                     in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
                     pending = []
+                if held_out and (step % config.checkpoint_every == 0 or drawn or last):
+                    for name, value in held_out(state).items():
+                        waiting.setdefault(name, []).append(value)
                 if to_log and waiting["loss"]:
                     line = {"step": step, **means(waiting, config)}
                     now = time.perf_counter()
@@ -192,9 +227,10 @@ def fit(
                     if on_log:
                         on_log(state, line)
                     waiting, logged, since = {}, now, step
-                drawn = config.sample_every and (step % config.sample_every == 0 or last)
                 if drawn and not stop:
                     preview(state.ema, step, log)
+                if to_save and averages:
+                    averages.save(step)
                 if to_save:
                     position = {"batch": step, "waiting": waiting, "skipped_in_a_row": in_a_row}
                     checkpoints.save(step, state, position, config_dict)

@@ -48,6 +48,7 @@ FREE_ON_RESUME = (
     "train.skip_nonfinite",
     "label_names",
 )
+INHERITED = {"init"}  # said once, when the run began: a resumed one need not say it again
 ROUNDS_ON_RESUME = ("train.accumulate", "train.fsdp", "model.remat")
 ROUNDED = (
     "from here on the run agrees with the unbroken one up to rounding (and, with another "
@@ -82,7 +83,8 @@ def check_run(
         check_main_guard()
     if num_classes not in (None, dataset.num_classes):
         raise ValueError(
-            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}"
+            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}: "
+            f"set num_classes={dataset.num_classes}, or None to learn without classes"
         )
     mesh = parallel.make_mesh(config.fsdp)
     if config.batch_size % (mesh.size * config.accumulate):
@@ -91,6 +93,8 @@ def check_run(
             f"split over {mesh.size} devices: make it a multiple of "
             f"{mesh.size * config.accumulate}"
         )
+    if config.post_hoc and jax.process_count() > 1:
+        raise ValueError("post_hoc is for one process: leave it out with several")
     log_path = directory / LOG
     logged_before = log_path.exists() and log_path.stat().st_size
     if resume == "never" and (saved_steps(folder) or logged_before):
@@ -136,7 +140,8 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     new = {name: defaults[name] for name in wanted["train"].keys() & defaults.keys()}
     saved = {**saved, "train": {**new, **saved["train"]}}  # of before there was such a field
-    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME}
+    saved = {name: value for name, value in saved.items() if name not in INHERITED - wanted.keys()}
+    free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME, "init.source"}
     if wanted["train"].get("cosine_decay"):
         free.remove("train.num_updates")
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from ddim_jax.pictures.images import save_png
 from ddim_jax.storage.files import write_whole
+from ddim_jax.training.watching import WandB
 
 LOCK = "lock"
 LOG = "metrics.jsonl"
@@ -148,11 +149,20 @@ class MetricsLog:
     Args:
       directory: the run folder.
       start: the step from which the run goes on.
+      project: of Weights & Biases, which gets both too; None for without.
+      config: what W&B is to know of the run.
     """
 
-    def __init__(self, directory: pathlib.Path, start: int):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        start: int,
+        project: str | None = None,
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.directory = directory
         self._silent = jax.process_index() != 0
+        self._wandb: WandB | None = None
         if self._silent:
             return
         path = directory / LOG
@@ -163,12 +173,16 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(directory), purge_step=start + 1)
+        if project is not None:
+            self._wandb = WandB(directory, project, config)
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if not self._silent:
+            if self._wandb:
+                self._wandb.close(failed=kind is not None)
             with contextlib.suppress(OSError):
                 self._file.close()
             if self._alive():
@@ -188,6 +202,8 @@ class MetricsLog:
             for name, value in line.items():
                 if name not in ("step", "seconds"):
                     self._board.add_scalar(name, value, line["step"])
+        if self._wandb:
+            self._wandb.line(line)
 
     def picture(self, step: int, pixels: np.ndarray) -> None:
         """uint8 (H, W, 3) as samples/STEP.png.
@@ -201,6 +217,8 @@ class MetricsLog:
             path = self.directory / "samples" / f"{step:08d}.png"
             save_png(path, pixels, overwrite=True)
             self._board.add_image("samples", pixels, step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.picture(step, pixels)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:

@@ -57,6 +57,8 @@ class TrainConfig:
       adam_b2: decay of the mean of its square.
       adam_eps: Adam's ε.
       ema_decay: of the moving average, see `ema_rate`.
+      post_hoc: keep two power-function averages too, and store them in `averages/` with each
+        checkpoint: `ddim-jax average` makes one of any length of them (`training.averages`).
       flip: mirror each image left-right with probability 1/2.
       label_dropout: for class-conditional networks, the probability of hiding a label from the
         network (classifier-free guidance); unused by unconditional ones.
@@ -96,6 +98,7 @@ class TrainConfig:
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
     ema_decay: float = 0.9999
+    post_hoc: bool = False
     flip: bool = False
     label_dropout: float = 0.1
     seed: int = 0
