@@ -22,8 +22,8 @@ import numpy as np
 import ddim_jax as ddim
 from ddim_jax import data
 from ddim_jax.data import Dataset
+from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.presets import PRESETS, Preset
-from ddim_jax.training.step import TrainConfig
 from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment

@@ -22,8 +22,9 @@ from ddim_jax.networks import unet
 from ddim_jax.pictures.images import to_model, to_uint8
 from ddim_jax.sampling.plan import Plan
 from ddim_jax.sampling.plan import run as run_plan
+from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.presets import Preset
-from ddim_jax.training.step import TrainConfig, TrainState, ema_rate, init_state, make_optimizer
+from ddim_jax.training.step import TrainState, ema_rate, init_state, make_optimizer
 from experiments.common import Cell, Experiment, jackknife_blocks
 
 NUMBERS = ("num_updates", "learning_rate", "warmup_steps", "grad_clip", "adam_b1", "adam_b2",

@@ -24,10 +24,10 @@ from ddim_jax.storage.checkpoint import (
 )
 from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
+from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.loop import fit
 from ddim_jax.training.resuming import check_run, check_same_run
 from ddim_jax.training.run_folder import Preempted, locked, writer
-from ddim_jax.training.step import TrainConfig
 from ddim_jax.training.summary import summarise
 from ddim_jax.weights import load_model, to_facts
 from tests.tiny import (

@@ -18,7 +18,8 @@ from ddim_jax.process.schedule import linear_schedule
 from ddim_jax.sampling import initial_noise, make_sampler
 from ddim_jax.storage.checkpoint import Checkpoints, restore, restore_part, saved_steps
 from ddim_jax.training import parallel
-from ddim_jax.training.step import TrainConfig, init_state, make_train_step
+from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.step import init_state, make_train_step
 from ddim_jax.weights import Model
 from tests import worker
 from tests.worker import finish, start

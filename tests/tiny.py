@@ -9,7 +9,8 @@ import numpy as np
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.process.schedule import schedule_from_betas
-from ddim_jax.training.step import TrainConfig, make_train_step
+from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.step import make_train_step
 
 SCHEDULE = schedule_from_betas(np.linspace(0.01, 0.3, 10))
 UNET = UNetConfig(

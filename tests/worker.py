@@ -54,8 +54,8 @@ def train(directory, config):
     """Trains on all devices of all processes, or goes on from the last checkpoint."""
     from ddim_jax.data import load
     from ddim_jax.process.schedule import linear_schedule
+    from ddim_jax.training.config import TrainConfig
     from ddim_jax.training.loop import fit
-    from ddim_jax.training.step import TrainConfig
 
     schedule, config = linear_schedule(1000), TrainConfig(**config)
     fit(network, network_params(), schedule, load("digits"), config, directory,

@@ -7,7 +7,7 @@ _WHERE = {
     "PRESETS": "presets",
     "DataConfig": "presets",
     "Preset": "presets",
-    "TrainConfig": "step",
+    "TrainConfig": "config",
     "TrainState": "step",
     "fit": "loop",
     "init_state": "step",

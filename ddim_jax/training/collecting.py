@@ -9,10 +9,8 @@ import jax
 import numpy as np
 
 from ddim_jax.data import Dataset, batch_indices
-from ddim_jax.training.step import (
-    Metrics,
-    TrainConfig,
-)
+from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.step import Metrics
 
 MAX_SKIPPED = 100  # updates in a row, after which a run that skips them stops nevertheless
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.networks.config import UNetConfig
+from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.presets import Fitted
-from ddim_jax.training.step import TrainConfig, TrainState, init_state, make_train_step
+from ddim_jax.training.step import TrainState, init_state, make_train_step
 
 SIZES = (32, 64, 128, 256)  # the shorter side that each row of `NETWORKS` is made for
 SMALLEST, LARGEST = 8, 320

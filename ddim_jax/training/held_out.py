@@ -16,14 +16,8 @@ from ddim_jax.pictures.images import to_model
 from ddim_jax.process.objective import loss
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.training import parallel
-from ddim_jax.training.step import (
-    ApplyFn,
-    Batch,
-    Params,
-    TrainConfig,
-    TrainState,
-    objective,
-)
+from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.step import ApplyFn, Batch, Params, TrainState, objective
 
 MOST_BATCHES = 8  # of the held-out images, as they cost as much as a few updates
 

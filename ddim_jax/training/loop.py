@@ -27,6 +27,7 @@ from ddim_jax.storage.checkpoint import (
 from ddim_jax.training import parallel
 from ddim_jax.training.averages import Averages
 from ddim_jax.training.collecting import collect, forecast, means
+from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.held_out import make_held_out
 from ddim_jax.training.preview import make_preview
 from ddim_jax.training.resuming import INHERITED, check_facts, check_run, placed, restore_latest
@@ -35,7 +36,6 @@ from ddim_jax.training.step import (
     ApplyFn,
     Metrics,
     Params,
-    TrainConfig,
     TrainState,
     init_state,
     make_train_step,

@@ -15,7 +15,7 @@ from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.pictures.images import crop_resize
 from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.training.step import TrainConfig
+from ddim_jax.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,12 +27,9 @@ from ddim_jax.storage.checkpoint import (
 )
 from ddim_jax.storage.files import differences, flat
 from ddim_jax.training import parallel
+from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.run_folder import LOG
-from ddim_jax.training.step import (
-    Params,
-    TrainConfig,
-    TrainState,
-)
+from ddim_jax.training.step import Params, TrainState
 from ddim_jax.weights import from_facts
 
 # These may change when a run is resumed; anything else would make it another run. Those of the

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax.training.step import TrainConfig, init_state, make_train_step
+from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.step import init_state, make_train_step
 from experiments.benchmarks import peers
 from experiments.benchmarks.peers import OURS, Call, Sides
 
