@@ -146,6 +146,24 @@ def test_images_of_ones_own_for_some_minutes(command, tmp_path, monkeypatch):
     command(f"{line} --data.holdout 0.1 --resume auto")
     with pytest.raises(SystemExit, match=r"data.holdout: saved 180, now nothing"):
         command(f"{line} --resume must")
+    with pytest.raises(SystemExit, match=r"num_updates: saved 12, now 20\n(.|\n)*rate.* --init "):
+        command(f"{line} --data.holdout 0.1 --train.num-updates 20 --resume must")
+
+
+def test_labels_that_are_asked_for_are_learned_or_declined(command, tmp_path):
+    for number, kind in enumerate(("cats", "dogs")):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        Image.new("L", (8, 8), 90 * number).save(tmp_path / "pets" / kind / "a.png")
+    line = "train images --data.name pets --dry-run"
+    with pytest.raises(SystemExit, match="does not learn: add --model.num-classes 2, or None"):
+        command(f"{line} --data.labels folders")
+    for given in ("2", "None"):
+        said = command(f"{line} --data.labels folders --model.num-classes {given}")
+        assert f"num_classes: {given}" in said
+    with pytest.raises(SystemExit, match=r"for 3 classes, pets has 2: set .*--model.num-classes 2"):
+        command(f"{line} --data.labels folders --model.num-classes 3")
+    with pytest.raises(SystemExit, match=r"pets has no labels: say where they are.*--data.labels"):
+        command(f"{line} --model.num-classes 2")
 
 
 def test_names_say_the_method_and_its_eta():

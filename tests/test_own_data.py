@@ -349,6 +349,8 @@ def test_a_run_on_a_folder_resumes_to_the_bit_and_notices_changes(pictures, tmp_
     shutil.copytree(pictures, moved)
     assert_same(run(tmp_path / "parts", moved, 6, resume="must"), whole)
     assert restore_config(tmp_path / "parts" / "checkpoints")["data"]["holdout"] == 2
+    renamed = moved.rename(moved.with_name("yours"))  # the content is what counts
+    run(tmp_path / "parts", renamed, 7, resume="must")
     draw(pictures / "7.png", 77)
     with pytest.raises(ValueError, match=r"these differ:(.|\n)*data.digest(.|\n)*changed: 7.png"):
         run(tmp_path / "parts", pictures, 9, resume="must")
@@ -445,10 +447,15 @@ def test_a_path_to_nothing(pictures, monkeypatch, name):
     assert str(error.value).endswith("mine?") == (name == "./mien")
 
 
+def zeros(split, transform):
+    return data.from_arrays(np.zeros((4, 4, 4), np.uint8))
+
+
 def test_a_bare_name_says_what_there_is_and_how_a_path_is_given():
-    with pytest.raises(ValueError, match=r"Available: digits.* a path is written ./nowhere"):
-        data.load("nowhere")
-    for name in ("digits", "tests.tiny:make_dataset", "mnist"):
+    for labels in (None, "folders"):  # of what is not there it is not said that it has its own
+        with pytest.raises(ValueError, match=r"Available: digits.* a path is written ./nowhere"):
+            data.load("nowhere", labels=labels)
+    for name in ("digits", "tests.test_own_data:zeros"):
         with pytest.raises(ValueError, match="are for pictures of your own"):
             data.load(name, labels="folders")
     with pytest.raises(ValueError, match="hf:NAME or hf:NAME:CONFIG, got 'hf:a b'"):

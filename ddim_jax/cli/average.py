@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 
 import tyro
 
@@ -36,5 +37,5 @@ def average(
     made = model.facts["average"]
     print(
         f"wrote {out}: the average of σ_rel = {sigma_rel:g} at step {made['step']}, its profile "
-        f"within {made['profile_error']:.1%}; draw with: ddim-jax sample {out}"
+        f"within {made['profile_error']:.1%}; draw with: ddim-jax sample {shlex.quote(str(out))}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from typing import Literal, TypeAlias
 
 import tyro
@@ -100,7 +101,8 @@ def export(
         save_diffusers(out, loaded)
     else:
         save_model(out, loaded, float16=float16, overwrite=overwrite)
-    print(f"wrote {out}: {count_params(loaded.params):,} parameters; ddim-jax sample {out}")
+    draw = shlex.join(["ddim-jax", "sample", str(out)])
+    print(f"wrote {out}: {count_params(loaded.params):,} parameters; {draw}")
 
 
 def _write_sampler(

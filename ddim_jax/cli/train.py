@@ -4,6 +4,7 @@
 import dataclasses
 import inspect
 import pathlib
+import shlex
 import sys
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,7 @@ def train(
         preset = _fitted(preset, given, dataset, saved, network=origin is None)
     if dataset:
         _check_shape(dataset, preset, init)
+        _check_labels(dataset, preset, given)
     start = None
     if model and init:
         start = _tuned(preset, model, init)
@@ -133,7 +135,9 @@ def train(
         write_whole(out / "loss.png", curve)
     if dataset.skipped:
         _tell(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
-    _tell(f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {out}")
+    _tell(
+        f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {shlex.quote(str(out))}"
+    )
 
 
 def _tell(text: str) -> None:
@@ -213,8 +217,19 @@ def _data(
         return None, f"not checked, as the data are not here: {str(error).splitlines()[0]}"
 
 
+def _check_labels(dataset: Dataset, preset: Preset, given: set[str]) -> None:
+    """Raises ValueError where labels that were asked for would not be learned."""
+    learned = preset.model.num_classes is not None or "model.num_classes" in given
+    if preset.data.labels is not None and not learned:
+        raise ValueError(
+            f"--data.labels gives {preset.data.name} {dataset.num_classes} classes, which this "
+            f"network does not learn: add --model.num-classes {dataset.num_classes}, or None to "
+            "learn without"
+        )
+
+
 def _check_shape(dataset: Dataset, preset: Preset, init: str | None) -> None:
-    """Raises ValueError where the data are not of the network's shape or classes."""
+    """Raises ValueError where the data are not of the network's shape."""
     has, takes = dataset.image_shape, preset.model.image_shape
     if has != takes:
         change = "set --model.image-size and --model.in-channels, or --data.resize"

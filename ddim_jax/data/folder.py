@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import os
 import pathlib
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -186,7 +187,9 @@ def refusal_message(refused: Mapping[str, str], number: int, name: str) -> str:
     """All of them in one message."""
     lines = [f"  {shown(path)}: {why}" for path, why in list(refused.items())[:MOST]]
     if len(refused) > MOST:
-        lines.append(f"  … and {len(refused) - MOST:,} more: ddim-jax data inspect {name}")
+        lines.append(
+            f"  … and {len(refused) - MOST:,} more: ddim-jax data inspect {shlex.quote(name)}"
+        )
     advice = (
         ""
         if len(refused) == number

@@ -89,15 +89,17 @@ def load(
         return _own_files(path.absolute(), name, split, choices)
     if name.startswith(HUGGING_FACE):
         return hugging_face.load_named(name.removeprefix(HUGGING_FACE), split, choices)
+    if name == "digits":
+        known = _digits(split, transform)
+    elif OWN.fullmatch(name):
+        known = _own(name, split, transform)
+    else:
+        known = _prepared(name, split, data_dir, transform, on_corrupt)
     if (labels, background, channels) != (None, None, None):
         raise ValueError(
             f"labels, background and channels are for pictures of your own, {name} says them itself"
         )
-    if name == "digits":
-        return _digits(split, transform)
-    if OWN.fullmatch(name):
-        return _own(name, split, transform)
-    return _prepared(name, split, data_dir, transform, on_corrupt)
+    return known
 
 
 def path_of(

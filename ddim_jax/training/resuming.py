@@ -79,9 +79,13 @@ def check_run(
     if config.num_workers:
         check_main_guard()
     if num_classes not in (None, dataset.num_classes):
+        has = dataset.num_classes
+        advice = f"set num_classes={has} (--model.num-classes {has})"
+        if has is None:
+            advice = "say where they are, labels (--data.labels), if there are any"
         raise ValueError(
-            f"the network is for {num_classes} classes, {dataset.name} has {dataset.num_classes}: "
-            f"set num_classes={dataset.num_classes}, or None to learn without classes"
+            f"the network is for {num_classes} classes, {dataset.name} has {has or 'no labels'}: "
+            f"{advice}, or num_classes=None (--model.num-classes None) to learn without classes"
         )
     mesh = parallel.make_mesh(config.fsdp)
     if config.batch_size % (mesh.size * config.accumulate):
@@ -139,15 +143,23 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     saved = {**saved, "train": {**new, **saved["train"]}}  # of before there was such a field
     saved = {name: value for name, value in saved.items() if name not in INHERITED - wanted.keys()}
     free = {*FREE_ON_RESUME, *ROUNDS_ON_RESUME, "init.source"}
-    if wanted["train"].get("cosine_decay"):
+    if decays := wanted["train"].get("cosine_decay"):
         free.remove("train.num_updates")
+    before, data = saved.get("data", {}), wanted.get("data", {})
+    if data.get("digest", "") == before.get("digest"):  # the same content, wherever it lies
+        free.add("data.name")
 
     def among(names: Callable[[str], bool]) -> list[str]:
         both = ({k: v for k, v in flat(config).items() if names(k)} for config in (saved, wanted))
         return differences(*both)
 
     if differ := among(lambda name: name not in free):
-        differ += changes(saved.get("data", {}), wanted.get("data", {}))
+        if decays and any(line.startswith("  train.num_updates:") for line in differ):
+            differ.append(
+                "  the rate decays over train.num_updates: to train longer, begin a run "
+                "with --init (start_from)"
+            )
+        differ += changes(before, data)
         raise ValueError(
             "\n".join(["a resumed run must keep its configuration, but these differ:", *differ])
         )
