@@ -112,3 +112,5 @@ def test_what_cannot_be_averaged_is_said(tmp_path):
             averages.average(tmp_path, sigma_rel)
     with pytest.raises(ValueError, match="holds no averages: train with --train.post-hoc"):
         averages.average(tmp_path, 0.1)
+    with pytest.raises(ValueError, match="nothing is no folder of a run"):
+        averages.average("nothing", 0.1)

@@ -328,6 +328,9 @@ def test_the_command(command, tmp_path):
     assert saved["data"]["name"] == "digits"
     # The network gives ε = 0: the squares of ε itself, so that the digits' 5 bits become many.
     assert 8 < saved["bits"]["value"] < 40
+    assert "(12 images)" in command(  # all of them, fewer than the usual 256
+        "evaluate m.safetensors --bits bound --data digits --split train[:12] --num-terms 2"
+    )
     for line, says in [
         (f"--bits bound {few} --out b.json", "b.json exists; choose another, or pass --overwrite"),
         ("--bits bound --data digits --num-images 1798", "at most 1,797"),

@@ -514,6 +514,13 @@ def test_inspect_command(home, pictures, tmp_path, capsys):
         assert sheet.size == (8 * 65 + 1, 8 * 65 + 1)
     with pytest.raises(FileExistsError, match="choose another name"):
         command.data("inspect", str(pictures), out=tmp_path / "sheet.png")
+    with pytest.raises(ValueError, match=r"must end in .png, the format written, got .*sheet.jpg"):
+        command.data("inspect", str(pictures), out=tmp_path / "sheet.jpg")
+    with pytest.raises(NotADirectoryError, match="cannot be written"):
+        command.data("inspect", "no matter", out=tmp_path / "sheet.png" / "a.png")
+    (tmp_path / "empty").mkdir()
+    command.data("inspect", str(tmp_path / "empty"), out=tmp_path / "none.png")
+    assert "contact sheet none, as no picture" in capsys.readouterr().out
     draw(pictures / "sub.png", 1, (9, 9))
     command.data("inspect", str(pictures))
     assert "bring them to one size" in capsys.readouterr().out

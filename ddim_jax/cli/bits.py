@@ -25,7 +25,8 @@ class Bits:
     Attributes:
       bits: "bound", the variational bound of the chain of all T steps, or "ode", the density of
         the ODE of Eq. 14 (needs diffrax). `images` is then the model.
-      num_images: how many images of the data, drawn without replacement by --seed.
+      num_images: how many images of the data, drawn without replacement by --seed; by default 256,
+        or all where there are fewer.
       num_terms: of the bound, draw so many t for each image; 0 sums over all.
       variance: of the bound, that of p: small is σ(η)², large is σ̂².
       eta: of the bound, above 0; 1 is DDPM.
@@ -39,7 +40,7 @@ class Bits:
     """
 
     bits: Literal["bound", "ode"] | None = None
-    num_images: int = 256
+    num_images: int | None = None
     num_terms: int = 0
     variance: Literal["small", "large"] = "small"
     eta: float = 1.0
@@ -54,7 +55,8 @@ class Bits:
     def check(self) -> None:
         """All that can be checked without model and data."""
         for name, low in (("num_images", 1), ("batch_size", 1), ("num_terms", 0), ("probes", 0)):
-            if (got := getattr(self, name)) < low:
+            got = getattr(self, name)
+            if got is not None and got < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {got}")
         if self.num_terms == 1:
             raise ValueError("--num-terms must be at least 2, or 0 for all t, got 1")
@@ -91,12 +93,13 @@ def evaluate_bits(
             f"{model} has images {loaded.image_shape}, {data.name} {dataset.image_shape}: name the "
             "data that the model learned from, with --crop and --resize as in training"
         )
-    if options.num_images > len(dataset):
+    count = min(256, len(dataset)) if options.num_images is None else options.num_images
+    if count > len(dataset):
         raise ValueError(
             f"--num-images must be at most {len(dataset):,}, the images of {data.name} "
-            f"{data.split}, got {options.num_images:,}"
+            f"{data.split}, got {count:,}"
         )
-    chosen = np.random.default_rng(options.seed).permutation(len(dataset))[: options.num_images]
+    chosen = np.random.default_rng(options.seed).permutation(len(dataset))[:count]
     numbers = np.sort(chosen)
     result = bits_per_dim(
         predicts(loaded, x0_fn=clip_x0(1.0)) if options.clip else loaded,

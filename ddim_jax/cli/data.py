@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from ddim_jax.cli.options import check_writable
 from ddim_jax.data import available, inspect, prepare
 from ddim_jax.pictures.images import save_png
 
@@ -40,10 +41,16 @@ def data(
     elif action == "prepare":
         print(f"prepared: {prepare(name, data_dir)}")
     else:
+        if out is not None and out.suffix.lower() != ".png":
+            raise ValueError(f"--out must end in .png, the format written, got {out}")
         if out is not None and out.exists():
             raise FileExistsError(f"{out} exists; choose another name")
+        if out is not None:
+            check_writable(out)
         text, sheet = inspect(name, split, data_dir, labels=labels, background=background)
         print(text)
-        if out is not None and sheet is not None:
+        if out is not None and sheet is None:
+            print("contact sheet none, as no picture can be used")
+        elif out is not None:
             save_png(out, sheet)
             print(f"contact sheet {out}")

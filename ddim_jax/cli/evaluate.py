@@ -33,6 +33,8 @@ def evaluate(
     resize: int | None = None,
     background: str | None = None,
     channels: Literal[1, 3] | None = None,
+    data_labels: str | None = None,
+    on_corrupt: Literal["stop", "skip"] = "stop",
     data_dir: pathlib.Path | None = None,
     extractor: str = "pixels",
     reference: pathlib.Path | None = None,
@@ -52,18 +54,28 @@ def evaluate(
       resize: then bring the shorter side to this, and cut out the centre square.
       background: behind what is transparent in pictures of your own, as in training.
       channels: of pictures of your own, as in training.
+      data_labels: as --data.labels in training, for --label and --labels: folders.
+      on_corrupt: what a record that cannot be read does, as in training.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       extractor: "pixels", "resnet56:FILE" or "inception:FILE"; only the FID weights give a "FID".
       reference: file of the data set's statistics, made if missing; by default beside `images`.
       blocks: of the jackknife behind the standard error; 0 for none, which is faster.
     """
-    config = DataConfig(data, split, crop, resize, background=background, channels=channels)
+    config = DataConfig(
+        *(data, split, crop, resize, on_corrupt),
+        labels=data_labels,
+        background=background,
+        channels=channels,
+    )
     if bits.bits:
         if (extractor, reference, blocks) != ("pixels", None, 20):
             raise ValueError("--extractor, --reference and --blocks are not for --bits")
         return evaluate_bits(str(images), config, data_dir, bits, source)
     if (bits, source) != (Bits(), Source()):
-        raise ValueError("say --bits bound or --bits ode: the other options are those of a model")
+        raise ValueError(
+            "say --bits bound or --bits ode, as options of these or of a model are given; or leave "
+            "those out, to compare a folder of ddim-jax generate"
+        )
     make, kind = parse_extractor(extractor), extractor.partition(":")[0]
     classes.check_classes()
     settings = read_settings(images)
@@ -89,6 +101,8 @@ def evaluate(
             f"{images} holds images {shape}, {data} {dataset.image_shape}: name the data that the "
             "model learned from, with --crop and --resize as in training"
         )
+    if asked is not None and dataset.num_classes is None:
+        raise ValueError(f"{data} has no labels: say where they are, --data-labels, as in training")
     if asked is not None:
         dataset = of_classes(dataset, asked)
     features = make()

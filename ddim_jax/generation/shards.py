@@ -293,7 +293,10 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = pathlib.Path(directory) / SETTINGS
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is no folder of generated images: no {SETTINGS}")
+        raise FileNotFoundError(
+            f"{directory} is no folder of generated images: no {SETTINGS}, which ddim-jax generate "
+            "writes"
+        )
     try:
         settings: dict[str, Any] = json.loads(path.read_bytes())
         newer = settings["format"] > FORMAT

@@ -139,6 +139,8 @@ def average(run: str | os.PathLike[str], sigma_rel: float, step: int | None = No
     """
     exponent(sigma_rel)
     files = {int(path.stem): path for path in sorted((pathlib.Path(run) / FOLDER).glob("*.saf*"))}
+    if not pathlib.Path(run).is_dir():
+        raise ValueError(f"{run} is no folder of a run")
     if not files:
         raise ValueError(f"{run} holds no averages: train with --train.post-hoc (post_hoc=True)")
     if step is not None and step not in files:
