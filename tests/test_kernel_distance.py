@@ -87,6 +87,8 @@ def test_bad_input():
         squared_mmd(x, np.full((2, 3), np.inf))
     with pytest.raises(ValueError, match="subset_size 6 makes 1 of 10 and 10.*2 to 5"):
         kernel_distance(x, x, subset_size=6)
+    with pytest.raises(ValueError, match="at least 4 samples of each are needed, got 3 and 9"):
+        kernel_distance(np.zeros((3, 2)), np.zeros((9, 2)), subset_size=2)
     with pytest.raises(ValueError, match="at least 2 subsets"):
         kernel_distance(x, x, subset_size=1)
     with pytest.raises(ValueError, match="between 0 and 1"):

@@ -88,6 +88,8 @@ def kernel_distance(
       True
     """
     x, y = _checked(x, y)
+    if min(len(x), len(y)) < 4:
+        raise ValueError(f"at least 4 samples of each are needed, got {len(x)} and {len(y)}")
     subsets = min(len(x), len(y)) // subset_size if subset_size >= 2 else 0
     if subsets < 2:
         raise ValueError(
