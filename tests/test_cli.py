@@ -157,6 +157,11 @@ def test_labels_that_are_asked_for_are_learned_or_declined(command, tmp_path):
     line = "train images --data.name pets --dry-run"
     with pytest.raises(SystemExit, match="does not learn: add --model.num-classes 2, or None"):
         command(f"{line} --data.labels folders")
+    for inside in ("pets", "pets/cats/run"):
+        with pytest.raises(
+            SystemExit, match="lies in the pictures to learn from, pets, .* outside"
+        ):
+            command(f"{line} --out {inside}")
     for given in ("2", "None"):
         said = command(f"{line} --data.labels folders --model.num-classes {given}")
         assert f"num_classes: {given}" in said

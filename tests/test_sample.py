@@ -226,6 +226,9 @@ def test_classes_by_number_name_and_list(model):
     assert found("all") == (0, 1, 2)
     assert condition(model).labels is None  # and no warning: it learned to
     assert [name_of(model, k) for k in range(4)] == [*NAMES, "none"]
+    named = model._replace(facts=model.facts | {"label_names": ["cat", "none", "dog"]})
+    for label in range(4):  # what a class is called draws it again
+        assert condition(named, name_of(named, label)).labels == (label,)
     with pytest.raises(ValueError, match="has 3 classes, and its facts 2 names"):
         condition(model._replace(facts={"label_names": ["a", "b"]}), 0)
     with pytest.raises(TypeError, match=r"labels must be a class .* got 1\.5"):

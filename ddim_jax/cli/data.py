@@ -49,8 +49,8 @@ def data(
             check_writable(out)
         text, sheet = inspect(name, split, data_dir, labels=labels, background=background)
         print(text)
-        if out is not None and sheet is None:
-            print("contact sheet none, as no picture can be used")
-        elif out is not None:
+        if out is not None and sheet is not None:
             save_png(out, sheet)
             print(f"contact sheet {out}")
+        elif out is not None:
+            print("contact sheet none, as no picture can be used")

@@ -14,6 +14,7 @@ import tyro
 from ddim_jax.arrays import import_name
 from ddim_jax.cli.options import ProcessOptions, Source, check_writable, describe
 from ddim_jax.data import Dataset
+from ddim_jax.data.sets import path_of
 from ddim_jax.networks.unet import abstract_params, build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.storage.checkpoint import restore_config, saved_steps
@@ -73,6 +74,7 @@ def train(
     if not dry_run:
         processes.join()
     check_writable(out / "checkpoints")
+    _check_apart(out, preset, data_dir)
     if project is not None:
         check_wandb(out, project)
     given = _given(sys.argv)
@@ -215,6 +217,16 @@ def _data(
         if not dry_run or not str(error).startswith("no data set"):
             raise
         return None, f"not checked, as the data are not here: {str(error).splitlines()[0]}"
+
+
+def _check_apart(out: pathlib.Path, preset: Preset, data_dir: pathlib.Path | None) -> None:
+    """Raises ValueError where the pictures that a run draws would be among those it learns from."""
+    pictures = path_of(preset.data.name, data_dir)
+    if pictures and pictures.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"--out {out} lies in the pictures to learn from, {preset.data.name}, and would add "
+            "its own to them: choose a folder outside"
+        )
 
 
 def _check_labels(dataset: Dataset, preset: Preset, given: set[str]) -> None:

@@ -91,6 +91,8 @@ def condition(
 def name_of(model: Model, label: int) -> str:
     """What the class is called: its name, its number where it has none, or "none".
 
+    No class is called by its number K where "none" is the name of one.
+
     Example:
       >>> import ddim_jax as ddim
       >>> name_of(ddim.load_model("digits-labels"), 10)
@@ -98,7 +100,7 @@ def name_of(model: Model, label: int) -> str:
     """
     names = model.label_names
     if label == model.config.num_classes:
-        return "none"
+        return "none" if "none" not in (names or ()) else str(label)
     return str(label) if names is None else names[label]
 
 
