@@ -273,6 +273,12 @@ def density(x=X, schedule=CHAIN, denoise=GAUSSIAN, key=KEY, **options):
             ValueError,
             "not both",
         ),
+        (lambda m: bound(X[:0]), ValueError, r"and some, got shape \(0, 2"),
+        (lambda m: bound(eta=np.ones(100)), ValueError, "one number"),
+        (lambda m: bound(num_terms=2.5), ValueError, "an int.* got 2.5"),
+        (lambda m: density(X[:0]), ValueError, "an image at least"),
+        (lambda m: bits_per_dim(m, IMAGES, probes=4), ValueError, 'are of by="ode"'),
+        (lambda m: bits_per_dim(m, IMAGES, "ode", num_terms=4), ValueError, 'are of by="bound"'),
         (lambda m: bound(num_terms=1), ValueError, "num_terms must be at least 2"),
         (lambda m: bound(tau=[5, 3]), ValueError, "increase strictly"),
         (lambda m: bound(tau=[101]), ValueError, "1..T"),
@@ -328,6 +334,8 @@ def test_the_command(command, tmp_path):
     assert saved["data"]["name"] == "digits"
     # The network gives ε = 0: the squares of ε itself, so that the digits' 5 bits become many.
     assert 8 < saved["bits"]["value"] < 40
+    with pytest.raises(SystemExit, match="--label and --labels are not for --bits"):
+        command("evaluate m.safetensors --bits bound --data digits --label 3")
     for line, says in [
         (f"--bits bound {few} --out b.json", "b.json exists; choose another, or pass --overwrite"),
         ("--bits bound --data digits --num-images 1798", "at most 1,797"),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax import export
 
-from ddim_jax.arrays import Array, ArrayLike
+from ddim_jax.arrays import Array, ArrayLike, is_concrete
 from ddim_jax.generation.drawing import conditioned
 from ddim_jax.generation.program import (
     image_shape_of,
@@ -188,14 +188,30 @@ def load_sampler(path: str | os.PathLike[str]) -> Artifact:
         if _digest(arrays) != facts["weights"]["sha256"]:
             raise ValueError(f"{beside} does not hold the weights of {description.name}")
         program = partial(program, jax.device_put(arrays))
-    names = [value["name"] for value in facts["inputs"]]
+    wanted = facts["inputs"]
 
     def call(*inputs: Any) -> Array:
-        if len(inputs) != len(names):
-            raise TypeError(f"this sampler takes ({', '.join(names)}), got {len(inputs)} inputs")
-        return program(*inputs)
+        if len(inputs) != len(wanted):
+            names = ", ".join(value["name"] for value in wanted)
+            raise TypeError(f"this sampler takes ({names}), got {len(inputs)} inputs")
+        return program(*map(_input, wanted, inputs))
 
     return Artifact(call, facts)
+
+
+def _input(wanted: dict[str, Any], value: Any) -> Any:
+    """An input in the dtype that the program takes: a seed may be 3, numbers a range of int64."""
+    name, dtype = wanted["name"], np.dtype(wanted["dtype"])
+    given = getattr(value, "dtype", None)
+    if given == dtype or not is_concrete(value):
+        return value
+    if name == "key" and given is not None and jax.dtypes.issubdtype(given, jax.dtypes.prng_key):
+        return jax.random.key_data(value)
+    array = np.asarray(value)
+    cast = array.astype(dtype)
+    if dtype.kind != "f" and not (np.issubdtype(array.dtype, np.integer) and (cast == array).all()):
+        raise ValueError(f"{name} must be {dtype}, got {array.dtype}: {value}")
+    return cast
 
 
 def _facts(
@@ -269,11 +285,12 @@ def _described(path: pathlib.Path) -> dict[str, Any]:
         facts = json.loads(path.read_text())
         kind, version = facts["kind"], facts["format"]
         _ = facts["file"]["sha256"], facts["weights"]["file"], facts["platforms"], facts["inputs"]
+        newer = version > FORMAT
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} describes no sampler of ddim_jax: {error!r}") from error
     if kind != KIND:
         raise ValueError(f"{path} describes {kind}, not {KIND}")
-    if version > FORMAT:
+    if newer:
         raise ValueError(
             f"{path} has format {version}, this version reads up to {FORMAT}: update ddim_jax"
         )

@@ -99,8 +99,10 @@ def image_shape_of(model: Model, image_shape: Sequence[int] | None) -> tuple[int
             "a model without a config does not know the shape of its images: pass "
             "image_shape=(H, W, C)"
         )
-    if model.config is None:
-        return tuple(image_shape or ())
+    if model.config is None and image_shape is not None:
+        if not all(isinstance(side, int | np.integer) and side > 0 for side in image_shape):
+            raise ValueError(f"image_shape must be whole numbers above 0, got {image_shape}")
+        return tuple(map(int, image_shape))
     if image_shape is not None and tuple(image_shape) != model.image_shape:
         raise ValueError(f"the model has images {model.image_shape}, got image_shape {image_shape}")
     return model.image_shape
