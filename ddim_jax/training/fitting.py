@@ -230,6 +230,7 @@ def _network(
         "num_blocks": 1 if cpu else 2,
         "attention_resolutions": tuple(attended),
         "dropout": 0.0 if cpu or side > 96 else 0.1,
+        "norm_groups": 8 if cpu else 32,  # a group of one channel would forget t and the class
         **fields,
         "multipliers": fields["multipliers"][:levels],
     }
