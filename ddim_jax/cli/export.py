@@ -87,9 +87,9 @@ def export(
         program.sampling.check()
         if float16 and program.bfloat16:
             raise ValueError("give --float16 or --bfloat16, not both")
-    files = (out, out.with_suffix(".json")) if whole else (out,)
+    files = [out, out.with_suffix(".json")] if whole else [out]
     if whole and program.beside:
-        files += (weights := out.with_suffix(".safetensors"),)
+        files += [weights := out.with_suffix(".safetensors")]
         if weights.resolve() == pathlib.Path(model).resolve():
             raise ValueError(
                 f"--beside would write over {weights}, the model itself: name {out.name} otherwise"

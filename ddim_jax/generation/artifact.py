@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax import export
 
-from ddim_jax.arrays import Array, ArrayLike, is_concrete
+from ddim_jax.arrays import Array, ArrayLike
 from ddim_jax.generation.drawing import conditioned
 from ddim_jax.generation.program import (
+    as_input,
     image_shape_of,
     in_dtype,
     inputs_of,
@@ -194,24 +195,9 @@ def load_sampler(path: str | os.PathLike[str]) -> Artifact:
         if len(inputs) != len(wanted):
             names = ", ".join(value["name"] for value in wanted)
             raise TypeError(f"this sampler takes ({names}), got {len(inputs)} inputs")
-        return program(*map(_input, wanted, inputs))
+        return program(*map(as_input, wanted, inputs))
 
     return Artifact(call, facts)
-
-
-def _input(wanted: dict[str, Any], value: Any) -> Any:
-    """An input in the dtype that the program takes: a seed may be 3, numbers a range of int64."""
-    name, dtype = wanted["name"], np.dtype(wanted["dtype"])
-    given = getattr(value, "dtype", None)
-    if given == dtype or not is_concrete(value):
-        return value
-    if name == "key" and given is not None and jax.dtypes.issubdtype(given, jax.dtypes.prng_key):
-        return jax.random.key_data(value)
-    array = np.asarray(value)
-    cast = array.astype(dtype)
-    if dtype.kind != "f" and not (np.issubdtype(array.dtype, np.integer) and (cast == array).all()):
-        raise ValueError(f"{name} must be {dtype}, got {array.dtype}: {value}")
-    return cast
 
 
 def _facts(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, image_keys
+from ddim_jax.arrays import Array, image_keys, is_concrete
 from ddim_jax.process.prediction import Predictor
 from ddim_jax.sampling import Plan, initial_noise
 from ddim_jax.sampling.plan import run
@@ -59,6 +59,21 @@ def inputs_of(
         inputs += [("labels", ["b"], "int32")]
         inputs += [("scale", [], "float32")] if guidance else []
     return [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inputs]
+
+
+def as_input(wanted: dict[str, Any], value: Any) -> Any:
+    """An input in the dtype that the program takes: a seed may be 3, numbers a range of int64."""
+    name, dtype = wanted["name"], np.dtype(wanted["dtype"])
+    given = getattr(value, "dtype", None)
+    if given == dtype or not is_concrete(value):
+        return value
+    if name == "key" and given is not None and jax.dtypes.issubdtype(given, jax.dtypes.prng_key):
+        return jax.random.key_data(value)
+    array = np.asarray(value)
+    cast = array.astype(dtype)
+    if dtype.kind != "f" and not (np.issubdtype(array.dtype, np.integer) and (cast == array).all()):
+        raise ValueError(f"{name} must be {dtype}, got {array.dtype}: {value}")
+    return cast
 
 
 def in_dtype(model: Model, dtype: str) -> Model:

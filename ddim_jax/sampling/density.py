@@ -169,7 +169,7 @@ def _probes(x: Array, key: Array | None, probes: Any, rtol: float, atol: float) 
         raise ValueError(f'probes must be an int >= 1, or "exact", got {probes!r}')
     if key is None:
         raise ValueError('random probes need key=jax.random.key(...); probes="exact" does not')
-    draw = lambda k: jax.random.rademacher(k, (probes, *shape), dtype)  # noqa: E731
+    draw = lambda k: jax.random.rademacher(k, (int(probes), *shape), dtype)  # noqa: E731
     return jax.vmap(draw, out_axes=1)(image_keys(key, x.shape[0]))
 
 

@@ -181,8 +181,8 @@ def refine_timesteps(
     """
     try:
         several = np.atleast_2d(np.asarray(tau))
-    except ValueError as error:
-        raise ValueError(f"several tau must have one S, (K, S): {error}") from error
+    except ValueError as ragged:
+        raise ValueError(f"several tau must have one S, (K, S): {ragged}") from ragged
     starts = [as_timesteps(one, num_steps) for one in several]
     if jnp.shape(x_T) != jnp.shape(x_0):
         raise ValueError(f"x_T and x_0 must have one shape, got {x_T.shape} and {x_0.shape}")
