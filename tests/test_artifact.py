@@ -105,6 +105,9 @@ def test_from_a_seed_it_draws_what_the_command_draws(tmp_path):
     )
     assert_close(drawn, ours)
     assert float(abs(drawn).max()) <= 1
+    np.testing.assert_array_equal(load_sampler(path).call(3, [7, 2]), drawn)
+    with pytest.raises(ValueError, match="seed must be uint32, got int64: -3"):
+        load_sampler(path).call(-3, numbers)
 
 
 @pytest.mark.parametrize(("dtype", "eps"), [("float32", 0.0), ("float16", 2.0**-11)])
@@ -175,6 +178,7 @@ def written(**options):
         (written(method=ddim.ddim(), eta=0.5), ValueError, "eta or a method, not both"),
         (written(tau=[1, 1001]), ValueError, "1..T"),
         (written(image_shape=None), ValueError, "without a config .* image_shape"),
+        (written(image_shape=(4, 0, 1)), ValueError, r"above 0, got \(4, 0, 1\)"),
         (written(platforms=["cpu", "abacus"]), ValueError, "platforms must be some of .*abacus"),
         (written(platforms=[]), ValueError, r"platforms must be some of .* got \[\]"),
         (written(platforms=["cpu", "cpu"]), ValueError, "each once"),
@@ -195,6 +199,7 @@ def written(**options):
             "describes no sampler",
         ),
         (described(kind="a cake"), ValueError, "describes a cake, not ddim_jax sampler"),
+        (described(format="new"), ValueError, "describes no sampler"),
         (described(format=2), ValueError, "format 2, this version reads up to 1"),
         (described(platforms=["tpu"]), ValueError, "is for tpu, and this is cpu"),
         (
@@ -214,6 +219,8 @@ def test_what_a_loaded_sampler_refuses(tmp_path, monkeypatch):
     export_sampler(AFFINE, TAU, path, 1.0, image_shape=SHAPE)
     with pytest.raises(TypeError, match=r"takes \(x_T, key\), got 1"):
         load_sampler(path).call(X)
+    as_words = load_sampler(path).call(X, jax.random.key_data(KEY))
+    np.testing.assert_array_equal(load_sampler(path).call(X, KEY), as_words)
     export_sampler(AFFINE, TAU, path, image_shape=SHAPE, overwrite=True)
     with pytest.raises(ValueError, match=r"(?i)shape"):
         load_sampler(path).call(X[:, :2])
@@ -229,6 +236,7 @@ def test_the_command(command, tmp_path):
     facts = json.loads(pathlib.Path("d.json").read_text())
     assert (facts["platforms"], facts["weights"]["dtype"]) == (["cpu", "tpu"], "float16")
     assert facts["schedule"]["num_steps"] == 1000
+    pathlib.Path("kept.safetensors").write_text("weights of another")
     for line, says in [
         ("digits d.stablehlo", "d.stablehlo exists; choose another, or pass --overwrite"),
         ("nothing e.stablehlo --steps 0", "--steps must be at least 1"),
@@ -237,6 +245,11 @@ def test_the_command(command, tmp_path):
         ("nothing e.stablehlo --float16 --bfloat16", "not both"),
         ("nothing e.safetensors --steps 3", "how to sample is for a whole sampler, e.stablehlo"),
         ("nothing no/e.stablehlo", "there is no folder no"),
+        ("mine.safetensors mine.stablehlo --beside --overwrite", "the model itself"),
+        (
+            "nothing kept.stablehlo --beside",
+            "kept.safetensors exists; choose another, or pass --ov",
+        ),
         ("nothing e.stablehlo", "no model 'nothing'"),
     ]:
         with pytest.raises(SystemExit, match=says):

@@ -251,6 +251,9 @@ def test_presets_say_command_hardware_and_score():
             "ddim and dpm-solver-2; 'unipc-2' has no eta",
         ),
         ("sample nothing --tau 1,x", "--tau takes whole numbers"),
+        ("sample digits --tau " + "1," * 200, "tau must increase strictly, got 1 then 1"),
+        ("sample nothing --method math:pi", "math:pi must be a function of no argument"),
+        ("sample nothing --method os:getcwd", "os:getcwd must return a method"),
         ("sample digits --tau 10,5", "tau must increase strictly"),
         ("sample nothing --tau 1,5 --steps 3", "not both"),
         ("sample digits --seed 4294967296", r"--seed must be in 0..2\*\*32 - 1"),
@@ -315,6 +318,14 @@ def test_help_lists_every_command_and_is_quick(command):
     code = f"from ddim_jax.cli import main; main(); import sys; print({heavy} & set(sys.modules))"
     child = [sys.executable, "-c", code, "--help"]
     assert subprocess.run(child, capture_output=True, text=True).stdout == said + "set()\n"
+
+
+def test_a_file_that_is_no_tau(command, tmp_path):
+    (tmp_path / "t.npy").write_bytes(b"no array")
+    (tmp_path / "t.txt").write_bytes(b"\xff1")
+    for name in ("t.npy", "t.txt"):
+        with pytest.raises(SystemExit, match=f"--tau takes whole numbers.* got '{name}'"):
+            command(f"sample nothing --tau {name}")
 
 
 def test_the_spacings_are_those_of_timesteps():

@@ -135,6 +135,8 @@ def test_rescaled_guidance_has_the_contrast_of_the_conditional(phi):
 def test_an_image_without_contrast_is_left_alone():
     flat = classifier_free(lambda x, t: 2 * x, zero, 3.0, rescale=0.7)
     np.testing.assert_array_equal(flat(ONES, TIMES), 6 * ONES)
+    slope = jax.grad(lambda x: flat(x, TIMES).sum())(ONES)
+    np.testing.assert_array_equal(slope, 6 * ONES)
 
 
 def test_labels_may_be_embeddings():
@@ -306,6 +308,8 @@ TAU = [10, 100]
         (lambda: classifier_free(zero, zero, np.inf), ValueError, "finite"),
         (lambda: classifier_free(zero, zero, np.ones((2, 2))), ValueError, "scalar"),
         (lambda: classifier_free(zero, zero, 1.0, interval=(9, 3)), ValueError, "lo <= hi"),
+        (lambda: classifier_free(zero, zero, 1.0, interval=(0.2, 0.8)), ValueError, "times T"),
+        (lambda: autoguidance(zero, zero, 1.0, interval=5), ValueError, r"\(lo, hi\).*got 5"),
         (lambda: classifier_free(zero, zero, np.ones(3))(ONES, TIMES), ValueError, "3"),
         (lambda: classifier_free(zero, zero, 2.0, rescale=1.5), ValueError, r"in \[0, 1\]"),
         (lambda: classifier_free(zero, zero, 2.0, rescale=np.nan), ValueError, r"in \[0, 1\]"),

@@ -273,6 +273,12 @@ def density(x=X, schedule=CHAIN, denoise=GAUSSIAN, key=KEY, **options):
             ValueError,
             "not both",
         ),
+        (lambda m: bound(X[:0]), ValueError, r"and some, got shape \(0, 2"),
+        (lambda m: bound(eta=np.ones(100)), ValueError, "one number"),
+        (lambda m: bound(num_terms=2.5), ValueError, "an int.* got 2.5"),
+        (lambda m: density(X[:0]), ValueError, "an image at least"),
+        (lambda m: bits_per_dim(m, IMAGES, probes=4), ValueError, 'are of by="ode"'),
+        (lambda m: bits_per_dim(m, IMAGES, "ode", num_terms=4), ValueError, 'are of by="bound"'),
         (lambda m: bound(num_terms=1), ValueError, "num_terms must be at least 2"),
         (lambda m: bound(tau=[5, 3]), ValueError, "increase strictly"),
         (lambda m: bound(tau=[101]), ValueError, "1..T"),
@@ -331,6 +337,8 @@ def test_the_command(command, tmp_path):
     assert "(12 images)" in command(  # all of them, fewer than the usual 256
         "evaluate m.safetensors --bits bound --data digits --split train[:12] --num-terms 2"
     )
+    with pytest.raises(SystemExit, match="--label and --labels are not for --bits"):
+        command("evaluate m.safetensors --bits bound --data digits --label 3")
     for line, says in [
         (f"--bits bound {few} --out b.json", "b.json exists; choose another, or pass --overwrite"),
         ("--bits bound --data digits --num-images 1798", "at most 1,797"),

@@ -154,6 +154,15 @@ def test_noise_given():
     np.testing.assert_allclose(fast.x_0, want, atol=1e-3)
 
 
+def test_float64():
+    with jax.enable_x64(True):
+        x_T, net = jnp.asarray(np.asarray(X_T, np.float64)), lambda x, t: jnp.sin(x) / 2
+        got = parallel_sample(net, x_T, SCHEDULE, [300, 700], tolerance=0.0)
+        want = ddim.sample(net, x_T, SCHEDULE, [300, 700])
+        assert got.x_0.dtype == want.dtype == jnp.float64
+        np.testing.assert_allclose(got.x_0, want, rtol=1e-13)
+
+
 def test_nan_of_one_image_stays_there():
     """A network that fails on image 1 from t = 400 down, as it does in `sample`."""
 
@@ -177,14 +186,17 @@ def foreign(schedule, tau):
     return Foreign(plan.t, plan.steps, more=1)
 
 
-def call(**options):
-    return parallel_sample(MIXTURE, X_T, SCHEDULE, TAU, **options)
+def call(x_T=X_T, **options):
+    return parallel_sample(MIXTURE, x_T, SCHEDULE, TAU, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"window": 0}, "window must be at least 1"),
+        ({"window": 2.5}, "an int, got 2.5"),
+        ({"tolerance": np.ones(2)}, "one number"),
+        ({"x_T": X_T[:0]}, "an image at least"),
         ({"tolerance": -1.0}, "tolerance must be >= 0"),
         ({"tolerance": np.nan}, "tolerance must be >= 0"),
         ({"eta": 0.5}, "needs key"),

@@ -203,6 +203,8 @@ def refine(tau=(1, 2), x_0=X_T, sweeps=1, sampler=lambda x, tau: x):
         (lambda: refine(tau=[2, 1]), ValueError, "strictly"),
         (lambda: refine(tau=[41]), ValueError, "1..T"),
         (lambda: refine(tau=[[1, 2], [2, 1]]), ValueError, "strictly"),
+        (lambda: refine(tau=[[1, 2], [3]]), ValueError, "must have one S"),
+        (lambda: refine(sampler=lambda x, tau: x[:1]), ValueError, r"must return \(4, 2\)"),
         (lambda: refine(x_0=jnp.ones((4, 3))), ValueError, "one shape"),
         (lambda: refine(sweeps=-1), ValueError, "sweeps"),
         (lambda: refine(sampler=lambda x, tau: x * jnp.nan), ValueError, "nan"),

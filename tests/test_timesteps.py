@@ -113,6 +113,7 @@ def test_single_steps_start_from_noise():
         (lambda: ddim.as_timesteps([[1]], 10), ValueError, "vector"),
         (lambda: ddim.as_timesteps([1, 1], 10), ValueError, "got 1 then 1"),
         (lambda: ddim.as_timesteps([3, 2], 10), ValueError, "got 3 then 2"),
+        (lambda: ddim.as_timesteps(np.uint8([9, 3]), 10), ValueError, "got 9 then 3"),
         (lambda: ddim.as_timesteps([0, 1], 10), ValueError, "add 1 to 0-based"),
         (lambda: ddim.as_timesteps([1, 11], 10), ValueError, r"1..11"),
         (lambda: ddim.as_timesteps([1.5, 3], 10), ValueError, "whole"),

@@ -12,7 +12,14 @@ import tyro
 from tqdm import tqdm
 
 from ddim_jax.cli.bits import Bits, BitsOptions, evaluate_bits
-from ddim_jax.cli.options import ClassOptions, Source, SourceOptions, check_writable, file_name
+from ddim_jax.cli.options import (
+    Classes,
+    ClassOptions,
+    Source,
+    SourceOptions,
+    check_writable,
+    file_name,
+)
 from ddim_jax.data import of_classes
 from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure
@@ -70,6 +77,10 @@ def evaluate(
     if bits.bits:
         if (extractor, reference, blocks) != ("pixels", None, 20):
             raise ValueError("--extractor, --reference and --blocks are not for --bits")
+        if classes != Classes():
+            raise ValueError(
+                "--label and --labels are not for --bits, where networks with classes are told none"
+            )
         return evaluate_bits(str(images), config, data_dir, bits, source)
     if (bits, source) != (Bits(), Source()):
         raise ValueError(

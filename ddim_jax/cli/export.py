@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import tyro
 
-from ddim_jax.cli.options import Sampling, SourceOptions, Spacing
+from ddim_jax.cli.options import Sampling, SourceOptions, Spacing, check_writable
 from ddim_jax.generation.artifact import SUFFIX, export_sampler
 from ddim_jax.networks.unet import count_params
 from ddim_jax.weights import Model, save_diffusers, save_model
@@ -21,8 +21,9 @@ class Program:
 
     Attributes:
       steps: S, the number of network calls per image.
-      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), pf-euler, or module:function.
-      eta: of the method ddim: 0 is DDIM, 1 is DDPM.
+      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), dpm-solver-2 (or 3, or sde), unipc-2
+        (or 3), pf-euler, or module:function.
+      eta: of the methods ddim and dpm-solver-2: 0 adds no noise, 1 is DDPM's.
       spacing: of τ.
       tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
@@ -87,12 +88,19 @@ def export(
         program.sampling.check()
         if float16 and program.bfloat16:
             raise ValueError("give --float16 or --bfloat16, not both")
-    described = out.with_suffix(".json")
-    for file in (out, described) if whole else (out,):
+    files = [out, out.with_suffix(".json")] if whole else [out]
+    if whole and program.beside:
+        files += [weights := out.with_suffix(".safetensors")]
+        if weights.resolve() == pathlib.Path(model).resolve():
+            raise ValueError(
+                f"--beside would write over {weights}, the model itself: name {out.name} otherwise"
+            )
+    for file in files:
         if file.exists() and (diffusers or not overwrite):
             raise FileExistsError(f"{file} exists; choose another, or pass --overwrite for a file")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent} for {out.name}; make it first")
+    check_writable(out)
     loaded = source.load(model)
     if whole:
         _write_sampler(loaded, out, program, float16, overwrite)

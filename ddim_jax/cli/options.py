@@ -132,7 +132,7 @@ class Sampling(Classes):
         eta = f"eta = {self.eta:g}"
         how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
-        parts = [f"tau {self.tau}" if self.tau else f"S = {self.steps}", how]
+        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps}", how]
         parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
 
@@ -142,7 +142,7 @@ class Sampling(Classes):
         names = {"label": "label", "labels": "labels", "guidance": "w", "guidance_interval": "in"}
         asked = {short: getattr(self, name) for name, short in names.items()}
         marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
-        steps = len(_numbers(self.tau)) if self.tau else self.steps
+        steps = len(_numbers(self.tau)) if self.tau is not None else self.steps
         eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
         how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
@@ -177,7 +177,7 @@ class Sampling(Classes):
 
     def timesteps(self, schedule: Schedule) -> np.ndarray:
         """τ, as asked for."""
-        if self.tau:
+        if self.tau is not None:
             return as_timesteps(_numbers(self.tau), schedule.num_steps)
         return timesteps(schedule.num_steps, self.steps, self.spacing, schedule=schedule)
 
@@ -187,7 +187,7 @@ class Sampling(Classes):
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
         if not 0 <= self.eta < math.inf:
             raise ValueError(f"eta must be >= 0, got --eta {self.eta:g}")
-        if self.tau:
+        if self.tau is not None:
             if (self.steps, self.spacing) != (50, "linear"):
                 raise ValueError("give --tau, or --steps and --spacing, not both")
             _numbers(self.tau)
@@ -243,13 +243,12 @@ def describe(facts: dict[str, Any], indent: str = "") -> str:
 
 def _numbers(tau: str) -> np.ndarray:
     """The timesteps of --tau."""
-    path = pathlib.Path(tau)
-    if path.suffix == ".npy":
-        return np.load(path)
-    text = path.read_text() if path.is_file() else tau
     try:
+        if tau.endswith(".npy"):
+            return np.load(tau)
+        text = pathlib.Path(tau).read_text() if os.path.isfile(tau) else tau  # long ones too
         return np.array([int(word) for word in text.replace(",", " ").split()])
-    except ValueError:
+    except (ValueError, EOFError):
         raise ValueError(
             f"--tau takes whole numbers, such as 1,10,100, or a file of them, got {tau!r}"
         ) from None

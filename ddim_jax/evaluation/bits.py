@@ -102,6 +102,12 @@ def bits_per_dim(
     """
     if by not in BY:
         raise ValueError(f"by must be one of {BY}, got {by!r}")
+    if by == "bound" and (probes, tolerance) != (1, 1e-5):
+        raise ValueError('probes and tolerance are of by="ode", got them with by="bound"')
+    if by == "ode" and not (tau is num_terms is None and (eta, variance) == (1.0, "small")):
+        raise ValueError(
+            'tau, eta, variance and num_terms are of by="bound", got some with by="ode"'
+        )
     images = _checked(model, images, batch_size)
     size, shape = len(images), images.shape[1:]
     numbers = np.arange(size) if numbers is None else np.asarray(numbers)

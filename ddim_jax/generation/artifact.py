@@ -21,6 +21,7 @@ from jax import export
 from ddim_jax.arrays import Array, ArrayLike
 from ddim_jax.generation.drawing import conditioned
 from ddim_jax.generation.program import (
+    as_input,
     image_shape_of,
     in_dtype,
     inputs_of,
@@ -188,12 +189,13 @@ def load_sampler(path: str | os.PathLike[str]) -> Artifact:
         if _digest(arrays) != facts["weights"]["sha256"]:
             raise ValueError(f"{beside} does not hold the weights of {description.name}")
         program = partial(program, jax.device_put(arrays))
-    names = [value["name"] for value in facts["inputs"]]
+    wanted = facts["inputs"]
 
     def call(*inputs: Any) -> Array:
-        if len(inputs) != len(names):
-            raise TypeError(f"this sampler takes ({', '.join(names)}), got {len(inputs)} inputs")
-        return program(*inputs)
+        if len(inputs) != len(wanted):
+            names = ", ".join(value["name"] for value in wanted)
+            raise TypeError(f"this sampler takes ({names}), got {len(inputs)} inputs")
+        return program(*map(as_input, wanted, inputs))
 
     return Artifact(call, facts)
 
@@ -269,11 +271,12 @@ def _described(path: pathlib.Path) -> dict[str, Any]:
         facts = json.loads(path.read_text())
         kind, version = facts["kind"], facts["format"]
         _ = facts["file"]["sha256"], facts["weights"]["file"], facts["platforms"], facts["inputs"]
+        newer = version > FORMAT
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} describes no sampler of ddim_jax: {error!r}") from error
     if kind != KIND:
         raise ValueError(f"{path} describes {kind}, not {KIND}")
-    if version > FORMAT:
+    if newer:
         raise ValueError(
             f"{path} has format {version}, this version reads up to {FORMAT}: update ddim_jax"
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, image_keys
+from ddim_jax.arrays import Array, image_keys, is_concrete
 from ddim_jax.process.prediction import Predictor
 from ddim_jax.sampling import Plan, initial_noise
 from ddim_jax.sampling.plan import run
@@ -61,6 +61,21 @@ def inputs_of(
     return [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inputs]
 
 
+def as_input(wanted: dict[str, Any], value: Any) -> Any:
+    """An input in the dtype that the program takes: a seed may be 3, numbers a range of int64."""
+    name, dtype = wanted["name"], np.dtype(wanted["dtype"])
+    given = getattr(value, "dtype", None)
+    if given == dtype or not is_concrete(value):
+        return value
+    if name == "key" and given is not None and jax.dtypes.issubdtype(given, jax.dtypes.prng_key):
+        return jax.random.key_data(value)
+    array = np.asarray(value)
+    cast = array.astype(dtype)
+    if dtype.kind != "f" and not (np.issubdtype(array.dtype, np.integer) and (cast == array).all()):
+        raise ValueError(f"{name} must be {dtype}, got {array.dtype}: {value}")
+    return cast
+
+
 def in_dtype(model: Model, dtype: str) -> Model:
     """The model whose network computes in `dtype`, where that is bfloat16."""
     if dtype != "bfloat16":
@@ -99,8 +114,10 @@ def image_shape_of(model: Model, image_shape: Sequence[int] | None) -> tuple[int
             "a model without a config does not know the shape of its images: pass "
             "image_shape=(H, W, C)"
         )
-    if model.config is None:
-        return tuple(image_shape or ())
+    if model.config is None and image_shape is not None:
+        if not all(isinstance(side, int | np.integer) and side > 0 for side in image_shape):
+            raise ValueError(f"image_shape must be whole numbers above 0, got {image_shape}")
+        return tuple(map(int, image_shape))
     if image_shape is not None and tuple(image_shape) != model.image_shape:
         raise ValueError(f"the model has images {model.image_shape}, got image_shape {image_shape}")
     return model.image_shape

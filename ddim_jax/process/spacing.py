@@ -114,8 +114,9 @@ def as_timesteps(tau: Sequence[int] | np.ndarray, num_steps: int) -> np.ndarray:
             f"tau must lie in 1..T = 1..{num_steps}, got {values.min()}..{values.max()}; "
             "add 1 to 0-based network indices, and leave out 0, where every trajectory ends"
         )
-    if not (np.diff(values) > 0).all():
-        i = int(np.argmax(np.diff(values) <= 0))
+    rises = values[1:] > values[:-1]  # and not by np.diff, which wraps around where unsigned
+    if not rises.all():
+        i = int(np.argmin(rises))
         raise ValueError(
             f"tau must increase strictly, got {values[i]} then {values[i + 1]} at position {i + 1};"
             " pass np.unique(tau) if order and repeats do not matter to you"

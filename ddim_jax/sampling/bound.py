@@ -107,10 +107,10 @@ def variational_bound(
     if num_terms is None:
         rows: Any = np.broadcast_to(np.arange(steps)[:, None], (steps, *batch))
     else:
-        if num_terms < 2 or steps < 2:
+        if not isinstance(num_terms, int | np.integer) or num_terms < 2 or steps < 2:
             raise ValueError(
-                f"num_terms must be at least 2, of a tau of 2 steps or more, got {num_terms} of "
-                f"{steps}; None sums over all"
+                "num_terms must be at least 2, an int, of a tau of 2 steps or more, got "
+                f"{num_terms} of {steps}; None sums over all"
             )
         # λ²(1 − ᾱ_t)/σ²: the expected squares where the data are N(0, I), and Var[x_0|x_t] 1 − ᾱ_t
         chance = np.append(0.0, (table.lam * table.b)[1:] ** 2)
@@ -135,8 +135,8 @@ def check_levels(x_0: Array) -> Array:
             f"expected floating images in [-1, 1], got {getattr(x_0, 'dtype', type(x_0).__name__)};"
             " of uint8 ones take x / 127.5 - 1"
         )
-    if x_0.ndim < 2:
-        raise ValueError(f"expected images (B, ...), got shape {x_0.shape}")
+    if x_0.ndim < 2 or 0 in x_0.shape:
+        raise ValueError(f"expected images (B, ...) and some, got shape {x_0.shape}")
     if is_concrete(x_0):
         level = (np.asarray(x_0, np.float64) + 1) * 127.5
         off = np.abs(level - np.round(level))
@@ -153,10 +153,10 @@ def _table(schedule: Schedule, tau: Any, eta: float) -> tuple[_Row, Callable[[Ar
     """The rows (τ_1, 0), (τ_2, τ_1), …, and KL(q(x_τS|x_0) ‖ N(0, I)) per pixel of x_0."""
     if not is_concrete(schedule, tau, eta):
         raise TypeError("schedule, tau and eta must be concrete: the bound's numbers are float64")
-    if not eta > 0:
+    if np.shape(eta) or not eta > 0:
         raise ValueError(
-            f"eta must be above 0, got {eta}: at eta = 0 the chain has no density and the bound is "
-            "infinite; the ODE's density is ode_density"
+            f"eta must be above 0, got {eta}, one number: at eta = 0 the chain has no density and "
+            "the bound is infinite; the ODE's density is ode_density"
         )
     t, s = (v[::-1] for v in pairs(schedule, tau))
     ddpm, c = coefficients(schedule, t, s, 1.0), coefficients(schedule, t, s, eta)

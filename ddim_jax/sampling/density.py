@@ -75,6 +75,8 @@ def ode_density(
       -0.919
     """
     x_0 = check_batch(x_0)
+    if not x_0.size:
+        raise ValueError(f"x_0 must hold an image at least, got shape {x_0.shape}")
     vectors = _probes(x_0, key, probes, rtol, atol)
     table = jnp.asarray(log_sigma(schedule))  # refuses ᾱ_T = 0
     _check_takes_real_t(denoise, x_0)
@@ -163,11 +165,11 @@ def _probes(x: Array, key: Array | None, probes: Any, rtol: float, atol: float) 
         size = int(np.prod(shape))
         unit = jnp.eye(size, dtype=dtype).reshape(size, 1, *shape)
         return jnp.broadcast_to(unit, (size, *x.shape))
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+    if isinstance(probes, bool) or not isinstance(probes, int | np.integer) or probes < 1:
         raise ValueError(f'probes must be an int >= 1, or "exact", got {probes!r}')
     if key is None:
         raise ValueError('random probes need key=jax.random.key(...); probes="exact" does not')
-    draw = lambda k: jax.random.rademacher(k, (probes, *shape), dtype)  # noqa: E731
+    draw = lambda k: jax.random.rademacher(k, (int(probes), *shape), dtype)  # noqa: E731
     return jax.vmap(draw, out_axes=1)(image_keys(key, x.shape[0]))
 
 

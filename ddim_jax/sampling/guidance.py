@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image, wide
+from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image, root, wide
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.prediction import (
     Predictor,
@@ -230,10 +230,14 @@ def _scale_at(
         raise ValueError(f"scale must be finite, got {scale}")
     if jnp.ndim(scale) > 1:
         raise ValueError(f"scale must be a scalar or (B,), got shape {jnp.shape(scale)}")
-    if interval is not None and len(interval) != 2:
-        raise ValueError(f"interval must be (lo, hi), got {interval}")
-    if interval is not None and is_concrete(interval) and not interval[0] <= interval[1]:
-        raise ValueError(f"interval must be (lo, hi) with lo <= hi, got {interval}")
+    if interval is not None and is_concrete(interval):
+        ends = np.asarray(interval)
+        whole = ends.shape == (2,) and np.issubdtype(ends.dtype, np.number)
+        if not (whole and (ends == np.floor(ends)).all() and ends[0] <= ends[1]):
+            raise ValueError(
+                "interval must be (lo, hi) with lo <= hi, whole t of 1..T (parts of T times T), "
+                f"got {interval}"
+            )
 
     def weight(x: Array, t: Array) -> Array:
         if jnp.shape(scale) not in ((), x.shape[:1]):
@@ -261,7 +265,7 @@ def _rescaled(rescale: ArrayLike) -> Callable[[Array, Array], Array]:
     def contrast(guided: Array, cond: Array) -> Array:
         if jnp.shape(rescale) not in ((), guided.shape[:1]):
             raise ValueError(f"rescale is for {jnp.shape(rescale)} images, x has {len(guided)}")
-        std, wanted = (v.reshape(len(v), -1).std(axis=1) for v in (wide(guided), wide(cond)))
+        std, wanted = (root(wide(v).reshape(len(v), -1).var(axis=1)) for v in (guided, cond))
         ratio = jnp.where(std > 0, wanted / jnp.where(std > 0, std, 1), 1)
         phi = jnp.asarray(rescale).astype(ratio.dtype)
         return per_image(1 - phi + phi * ratio, guided) * guided

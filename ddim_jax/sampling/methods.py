@@ -6,6 +6,7 @@ A new one is a new file with such a function, and a line in `METHODS`; or stays 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -115,7 +116,8 @@ def find_method(name: str, eta: float = 0.0) -> Method:
       A `Method`.
 
     Raises:
-      ValueError: the name is unknown, or η is given to a method that has none.
+      ValueError: the name is unknown or of no such function, or η is given to a method that has
+        none.
       ModuleNotFoundError: there is no such module.
 
     Example:
@@ -132,4 +134,14 @@ def find_method(name: str, eta: float = 0.0) -> Method:
         raise ValueError(
             f"unknown method {name!r}; choose {', '.join(METHODS)}, or module:function"
         )
-    return import_name(name, "method")()
+    function = import_name(name, "method")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must be a function of no argument that returns a method, (schedule, tau) -> "
+            f"Plan: {error}"
+        ) from error
+    if not callable(method := function()):
+        raise ValueError(f"{name} must return a method, (schedule, tau) -> Plan, got {method!r}")
+    return method

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_concrete, wide
 from ddim_jax.process.prediction import prediction_of, to_x0_eps
@@ -117,7 +118,7 @@ def parallel_sample(
     x, steps = wide(x_T), plan.t.shape[0]
     table = (rows(plan, x.dtype), jnp.asarray(linear).astype(x.dtype), noise)
     allowed = jnp.asarray(tolerance).astype(x.dtype) / steps
-    place = jnp.arange(size)
+    place = jnp.arange(size, dtype=jnp.int32)
 
     def body(state: _State) -> _State:
         slice_at = lambda v: jax.lax.dynamic_slice_in_dim(v, state.first, size)  # noqa: E731
@@ -141,7 +142,7 @@ def parallel_sample(
         rms = jnp.sqrt(jnp.square(defect).reshape(size, x.shape[0], -1).mean(axis=2))
         total = state.error[None] + jnp.cumsum(_where(place >= start, rms, 0), axis=0)
         good = total.max(axis=1) <= allowed * (state.first + place + 1).astype(x.dtype)
-        count = jnp.cumprod(jnp.where(place >= start, good, True)).sum()
+        count = jnp.cumprod(jnp.where(place >= start, good, True)).sum(dtype=jnp.int32)
         done = state.first + jnp.minimum(count + 1, size)
         error = jnp.where(count > start, total[count - 1], state.error)
         first = jnp.minimum(done, steps - size)
@@ -226,10 +227,12 @@ def _check(plan: Plan, x_T: Array, window: int, tolerance: ArrayLike, sharding: 
     names = [f.name for f in dataclasses.fields(plan) if f.name not in known]
     if other := [name for name in names if getattr(plan, name) is not None]:
         raise ValueError(f"parallel_sample knows no methods with {other}; use `sample`")
-    if window < 1:
-        raise ValueError(f"window must be at least 1 step, got {window}")
-    if is_concrete(tolerance) and not tolerance >= 0:
-        raise ValueError(f"tolerance must be >= 0 (0 is exact), got {tolerance}")
+    if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
+        raise ValueError(f"window must be at least 1 step, an int, got {window!r}")
+    if jnp.shape(tolerance) or (is_concrete(tolerance) and not tolerance >= 0):
+        raise ValueError(f"tolerance must be >= 0 (0 is exact), one number, got {tolerance}")
+    if not len(x_T):
+        raise ValueError(f"x_T must hold an image at least, got shape {x_T.shape}")
     size = min(window, plan.t.shape[0])
     if sharding is not None:
         try:

@@ -179,15 +179,24 @@ def refine_timesteps(
       >>> ddim.refine_timesteps(sampler, x_T, x_0, [30, 60, 90], 100, sweeps=2).shape
       (3,)
     """
-    starts = [as_timesteps(one, num_steps) for one in np.atleast_2d(np.asarray(tau))]
+    try:
+        several = np.atleast_2d(np.asarray(tau))
+    except ValueError as ragged:
+        raise ValueError(f"several tau must have one S, (K, S): {ragged}") from ragged
+    starts = [as_timesteps(one, num_steps) for one in several]
     if jnp.shape(x_T) != jnp.shape(x_0):
         raise ValueError(f"x_T and x_0 must have one shape, got {x_T.shape} and {x_0.shape}")
+    if not np.size(x_0):
+        raise ValueError(f"x_T must hold an image at least, got shape {x_T.shape}")
     if sweeps < 0:
         raise ValueError(f"sweeps must be >= 0, got {sweeps}")
     target = np.asarray(x_0, np.float64)
 
     def error(tau: np.ndarray) -> float:
-        return float(np.sqrt(np.mean((np.asarray(sampler(x_T, tau), np.float64) - target) ** 2)))
+        drawn = np.asarray(sampler(x_T, tau), np.float64)
+        if drawn.shape != target.shape:
+            raise ValueError(f"the sampler must return {target.shape}, as x_0, got {drawn.shape}")
+        return float(np.sqrt(np.mean((drawn - target) ** 2)))
 
     errors = [error(start) for start in starts]
     if not np.isfinite(errors).any():
