@@ -134,7 +134,8 @@ def test_fine_tune_a_saved_model_with_classes(command, tmp_path):
 
 def test_images_of_ones_own_for_some_minutes(command, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "time_update", lambda *_: 0.125)
-    line = "train images --data.name digits --model.multipliers 1 --train.batch-size 8 --out run"
+    small = "--model.multipliers 1 --train.batch-size 8 --train.sample-every 0"
+    line = f"train images --data.name digits {small} --out run"
     said = command(f"{line} --minutes 0.025 --data.holdout 0.1")
     assert "8×8×1 on cpu: a network of" in said
     assert "12 updates of 8 images" in said
