@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import ddim_jax as ddim
+from ddim_jax.cli import train
 from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.checkpoint import restore_config, restore_part
 from ddim_jax.training import fit
-from ddim_jax.training.presets import cifar10
+from ddim_jax.training.presets import PRESETS, cifar10
 from ddim_jax.training.starting import follow, sha256, start_from
 from ddim_jax.training.step import init_state
 from ddim_jax.weights import load_model, to_facts
@@ -142,3 +143,11 @@ def test_a_resumed_run_keeps_its_start_and_takes_no_other(tmp_path):
     tune(tmp_path / "fresh", 4)
     with pytest.raises(ValueError, match=r"init.sha256: saved nothing, now 'abab"):
         tune(tmp_path / "fresh", 8, init, resume="must")
+
+
+def test_classes_of_other_names_are_said(monkeypatch):
+    said, names = [], ("0", "eins", *"23456789")
+    monkeypatch.setattr(train, "_tell", said.append)
+    model, preset = load_model("digits-labels"), PRESETS["digits-labels"]()
+    train._tuned(preset, model, "digits-labels", names)
+    assert "its table of 10 classes kept (1 is now eins)" in said[0]

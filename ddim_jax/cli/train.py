@@ -6,6 +6,7 @@ import inspect
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -94,7 +95,7 @@ def train(
         _check_labels(dataset, preset, given)
     start = None
     if model and init:
-        start = _tuned(preset, model, init)
+        start = _tuned(preset, model, init, dataset.label_names if dataset else None)
         check_same_start(saved, start.facts, str(out))
     facts = {
         "preset": preset.name,
@@ -166,11 +167,16 @@ def _fresh(preset: Preset) -> Start:
     return Start(*made, preset.schedule.build(), to_facts(preset.schedule, preset.model))
 
 
-def _tuned(preset: Preset, model: Model, init: str) -> Start:
+def _tuned(
+    preset: Preset, model: Model, init: str, label_names: Sequence[str] | None = None
+) -> Start:
     """Where fine-tuning starts, told."""
     start = start_from(model, preset.model, init)
     has, wanted = model.config.num_classes, preset.model.num_classes
     classes = "" if wanted is None else f", its table of {wanted} classes kept"
+    pairs = zip(model.label_names or (), label_names or ())
+    if classes and (renamed := [f"{old} is now {new}" for old, new in pairs if old != new]):
+        classes += f" ({', '.join(renamed)})"
     if has != wanted:
         classes = (
             ", as it is without a label"
