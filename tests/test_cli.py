@@ -61,7 +61,7 @@ def test_train_resume_sample_info(command, tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="already holds a run; resume it"):
         command(f"train digits --out run {SHORT} --train.num-updates 4")
-    with pytest.raises(SystemExit, match=r"train.learning_rate: saved 0.002, now 0.5"):
+    with pytest.raises(SystemExit, match=r"train.learning_rate: saved 0.003, now 0.5"):
         command(
             f"train digits --out run --resume must {SHORT} --train.num-updates 4 "
             "--train.learning-rate 0.5"
@@ -286,7 +286,7 @@ def test_errors_are_messages(command, line, says):
         ("train cats", "cats"),
         ("train digits --train.num-updates many", "many"),
         ("train digits --train.num-updates -4", "at least 1, got -4"),
-        ("train digits --model.channels 33", "multiple of 32"),
+        ("train digits --model.channels 33", "multiple of 8"),
         ("train digits --model.image-size 9", "multiple of 2"),
         ("nonsense", "no command 'nonsense' usage"),
         ("trian digits", "no command 'trian'; did you mean train?"),
