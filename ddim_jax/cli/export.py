@@ -9,24 +9,17 @@ from typing import Literal, TypeAlias
 
 import tyro
 
-from ddim_jax.cli.options import Sampling, SourceOptions, Spacing, check_writable
+from ddim_jax.cli.options import Sampling, SourceOptions, Way, check_writable
 from ddim_jax.generation.artifact import SUFFIX, export_sampler
 from ddim_jax.networks.unet import count_params
 from ddim_jax.weights import Model, save_diffusers, save_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Program(Way):
     """Of a whole sampler, `out.stablehlo`.
 
     Attributes:
-      steps: S, the number of network calls per image.
-      method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), dpm-solver-2 (or 3, or sde), unipc-2
-        (or 3), pf-euler, or module:function.
-      eta: of the methods ddim and dpm-solver-2: 0 adds no noise, 1 is DDPM's.
-      spacing: of τ.
-      tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
-      clip: clip each predicted x_0 to [−1, 1].
       from_seed: it takes a seed and the images' numbers in place of x_T.
       guidance: of a model with classes, it takes a scale too, at a second network call.
       beside: the weights stand in a file of their own, out.safetensors, and are an argument.
@@ -34,12 +27,6 @@ class Program:
       platforms: what it runs on: cpu, cuda, rocm, tpu.
     """
 
-    steps: int = 50
-    method: str = "ddim"
-    eta: float = 0.0
-    spacing: Spacing = "linear"
-    tau: str | None = None
-    clip: bool = False
     from_seed: bool = False
     guidance: bool = True
     beside: bool = False
@@ -48,7 +35,7 @@ class Program:
 
     @property
     def sampling(self) -> Sampling:
-        names = ("steps", "method", "eta", "spacing", "tau", "clip")
+        names = [field.name for field in dataclasses.fields(Way)]
         return Sampling(**{name: getattr(self, name) for name in names})
 
 

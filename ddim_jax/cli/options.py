@@ -101,8 +101,8 @@ class Classes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling(Classes):
-    """How to draw.
+class Way:
+    """From x_T to x_0.
 
     Attributes:
       steps: S, the number of network calls per image.
@@ -112,10 +112,6 @@ class Sampling(Classes):
       spacing: of τ.
       tau: τ itself, in place of steps and spacing: 1,10,100 or a file of numbers (.npy, text).
       clip: clip each predicted x_0 to [−1, 1].
-      guidance: classifier-free, w, for images with classes: 1 is conditional, more is guided.
-      guidance_interval: LO,HI: guide there only; whole numbers are t of 1..T, others parts of T,
-        such as 0.2,0.8.
-      seed: of x_T and of the noise.
     """
 
     steps: int = 50
@@ -124,6 +120,19 @@ class Sampling(Classes):
     spacing: Spacing = "linear"
     tau: str | None = None
     clip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Way, Classes):
+    """How to draw.
+
+    Attributes:
+      guidance: classifier-free, w, for images with classes: 1 is conditional, more is guided.
+      guidance_interval: LO,HI: guide there only; whole numbers are t of 1..T, others parts of T,
+        such as 0.2,0.8.
+      seed: of x_T and of the noise.
+    """
+
     guidance: float | None = None
     guidance_interval: str | None = None
     seed: int = 0

@@ -182,7 +182,7 @@ def _advance(
             last = (past[memory - 1 - j : memory - 1 - j + size] for j in range(memory))
             return sum(_times(weights[:, j], prediction) for j, prediction in enumerate(last))
 
-        if (corrects := getattr(now, "corrects", None)) is not None:
+        if (corrects := now.corrects) is not None:
             x = x + of_the_last(corrects)
         again = partial(to_x0_eps, prediction=now.remembers)
         x_0, eps = jax.vmap(again)(now.steps, x, of_the_last(now.weights))

@@ -25,11 +25,11 @@ MOST_BATCHES = 8  # of the held-out images, as they cost as much as a few update
 def make_held_out(
     apply_fn: ApplyFn,
     schedule: Schedule,
-    dataset: Dataset,
+    dataset: Dataset | None,
     config: TrainConfig,
     num_classes: int | None,
     mesh: Mesh,
-) -> Callable[[TrainState], dict[str, float]]:
+) -> Callable[[TrainState], dict[str, float]] | None:
     """The training loss on held-out images, with the weights and with their moving average.
 
     Image, t and noise of each term stay what they are, functions of `config.seed`: only the
@@ -39,12 +39,14 @@ def make_held_out(
       apply_fn, schedule, config, num_classes, mesh: as `make_train_step` takes them; apply_fn says
         what it predicts.
       dataset: the held-out images; at most `MOST_BATCHES` batches of them are used, a last one
-        is filled up from the first.
+        is filled up from the first. Or None.
 
     Returns:
       state → {"held_out_loss": of params, "held_out_loss_ema": of the average}, the same in every
-      process.
+      process; or None for no images.
     """
+    if dataset is None:
+        return None
     count = min(math.ceil(len(dataset) / config.batch_size), MOST_BATCHES)
     stream = batches(
         dataset,

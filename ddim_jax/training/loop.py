@@ -115,9 +115,8 @@ def fit(
       CheckpointError: nothing to resume, no readable checkpoint that fits `params`, or a checkpoint
         could not be written.
       ValueError: the saved configuration differs, and the message shows where; ε is to be learned
-        at zero terminal SNR; the batch cannot be
-        split over the devices; or `facts` tell of another schedule, or of a U-Net with other
-        parameters, classes or images.
+        at zero terminal SNR; the batch cannot be split over the devices; or `facts` tell of another
+        schedule, or of a U-Net with other parameters, classes or images.
       RuntimeError: worker processes, and a main script without `if __name__ == "__main__":`.
       ModuleNotFoundError: `wandb` is asked for, and not installed.
       FloatingPointError: a loss or gradient is not finite.
@@ -166,10 +165,7 @@ def fit(
         preview = make_preview(
             apply_fn, schedule, dataset.image_shape, num_classes, mesh, config.seed, say
         )
-        held_out = None
-        if dataset.held_out is not None:
-            judged = (apply_fn, schedule, dataset.held_out, config, num_classes, mesh)
-            held_out = make_held_out(*judged)
+        held_out = make_held_out(apply_fn, schedule, dataset.held_out, config, num_classes, mesh)
         averages = Averages(directory, state.params, start) if config.post_hoc else None
         pending: list[Metrics] = []  # on the devices
         began = logged = time.perf_counter()
