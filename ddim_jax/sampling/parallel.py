@@ -16,7 +16,7 @@ from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import towards
 from ddim_jax.sampling.plan import Method, Plan, noise_keys, rows, step_noise
-from ddim_jax.sampling.sampler import _plan
+from ddim_jax.sampling.sampler import plan_of
 
 
 class ParallelSample(NamedTuple):
@@ -109,7 +109,7 @@ def parallel_sample(
       (True, True)
     """
     x_T = check_batch(x_T)
-    plan = _plan(method, eta, schedule, tau)
+    plan = plan_of(method, eta, schedule, tau)
     keys = noise_keys(plan, x_T, key, noise)
     size = _check(plan, x_T, window, tolerance, sharding)
     prediction_of(denoise).check(plan.told or plan.steps)

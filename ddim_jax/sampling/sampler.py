@@ -120,7 +120,7 @@ def sample(
       (4, 2)
     """
     x_T = check_batch(x_T)
-    plan = _plan(method, eta, schedule, tau)
+    plan = plan_of(method, eta, schedule, tau)
     keys = noise_keys(plan, x_T, key, noise)
     return run(denoise, x_T, plan, None if plan.steps.sigma is None else keys, noise=noise)[0]
 
@@ -162,7 +162,7 @@ def trajectory(
             "trajectory needs a concrete tau: the steps to keep are chosen before tracing"
         )
     x_T = check_batch(x_T)
-    plan = _plan(method, eta, schedule, tau)
+    plan = plan_of(method, eta, schedule, tau)
     visited = np.asarray(plan.t)
     wanted = visited if at is None else np.unique(np.asarray(at))
     if wanted.size == 0 or not np.isin(wanted, visited).all():
@@ -208,7 +208,7 @@ def make_sampler(
       ((4, 8, 8, 1), (4, 8, 8, 1))
     """
     apply_fn, schedule, default = model.apply_fn, model.schedule, (tau, eta, method)
-    prediction_of(apply_fn).check(_plan(method, eta, schedule, tau).steps)
+    prediction_of(apply_fn).check(plan_of(method, eta, schedule, tau).steps)
 
     @jax.jit
     def jitted(params: Any, inputs: Any, x_T: Array, plan: Plan, keys: Array | None) -> Array:
@@ -227,7 +227,7 @@ def make_sampler(
         x_T = check_batch(x_T)
         if eta is None and method is None:
             eta, method = default[1:]
-        plan = _plan(
+        plan = plan_of(
             method, 0.0 if eta is None else eta, schedule, default[0] if tau is None else tau
         )
         prediction_of(apply_fn).check(plan.steps)
@@ -270,12 +270,13 @@ def watch(network: Any, callback: Callable[[Any], None]) -> Any:
     return Predictor(watched, prediction_of(network))
 
 
-def _plan(
+def plan_of(
     method: Method | None,
     eta: ArrayLike,
     schedule: Schedule,
     tau: ArrayLike | Sequence[int],
 ) -> Plan:
+    """Of the method, or of DDIM with η; not both."""
     if method is None:
         return ddim(eta)(schedule, tau)
     if not is_concrete(eta) or np.any(np.asarray(eta) != 0):

@@ -21,7 +21,7 @@ from ddim_jax.process.prediction import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import towards
 from ddim_jax.sampling.plan import Method, Plan, rows, step_noise
-from ddim_jax.sampling.sampler import _plan, sample
+from ddim_jax.sampling.sampler import plan_of, sample
 
 
 class StochasticCode(NamedTuple):
@@ -83,7 +83,7 @@ def encode_stochastic(
       [[0.8..., 0.3...], [1.1..., -0.4...]]
     """
     x_0 = check_batch(x_0)
-    plan = _plan(method, eta, schedule, tau)
+    plan = plan_of(method, eta, schedule, tau)
     if plan.steps.sigma is None:
         raise ValueError(
             f"this code is of noise, and eta = {eta} adds none; take eta > 0 or `invert`"
