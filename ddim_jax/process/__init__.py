@@ -1,6 +1,11 @@
 """The process: schedules, τ, Gaussian equations, what a network predicts, objective, oracles."""
 
 from ddim_jax.process import oracle
+from ddim_jax.process.distillation import (
+    distillation_loss,
+    distillation_target,
+    halve_timesteps,
+)
 from ddim_jax.process.gamma import GAMMAS, Gamma, find_gamma
 from ddim_jax.process.gaussian import (
     Coefficients,

@@ -99,6 +99,34 @@ def min_snr(schedule: Schedule, prediction: Prediction, cap: float = 5.0) -> np.
     return _from_one(np.minimum(snr, cap) * _x0_error(schedule, prediction))
 
 
+def truncated_snr(schedule: Schedule, prediction: Prediction) -> np.ndarray:
+    """w_t = max(SNR_t, 1): the larger of the squared errors of x̂_0 and ε (Salimans & Ho 2022, §4).
+
+    On the output: max(1/SNR, 1) for ε, max(SNR, 1) for x_0, max(ᾱ, 1 − ᾱ) for v.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.9, 0.2])  # SNR: 9, then 1/4
+      >>> truncated_snr(schedule, ddim.Prediction("v")).round(6).tolist()
+      [0.0, 0.9, 0.8]
+    """
+    snr = np.exp(np.asarray(schedule.log_snr, np.float64)[1:])
+    return _from_one(np.maximum(snr, 1.0) * _x0_error(schedule, prediction))
+
+
+def snr_plus_one(schedule: Schedule, prediction: Prediction) -> np.ndarray:
+    """w_t = SNR_t + 1: the squared error of v, whatever is predicted (Salimans & Ho 2022, §4).
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> schedule = ddim.schedule_from_alpha_bar([1.0, 0.9, 0.2])
+      >>> snr_plus_one(schedule, ddim.Prediction("v")).round(6).tolist()
+      [0.0, 1.0, 1.0]
+    """
+    snr = np.exp(np.asarray(schedule.log_snr, np.float64)[1:])
+    return _from_one((snr + 1.0) * _x0_error(schedule, prediction))
+
+
 def edm(
     schedule: Schedule, prediction: Prediction, mean: float = -1.2, std: float = 1.2
 ) -> np.ndarray:
@@ -134,7 +162,14 @@ def edm(
     return _from_one(schedule.num_steps * np.diff(below) * _x0_error(schedule, prediction) / own)
 
 
-GAMMAS: dict[str, Gamma] = {"one": one, "bound": bound, "min-snr-5": min_snr, "edm": edm}
+GAMMAS: dict[str, Gamma] = {
+    "one": one,
+    "bound": bound,
+    "min-snr-5": min_snr,
+    "truncated-snr": truncated_snr,
+    "snr-plus-one": snr_plus_one,
+    "edm": edm,
+}
 """Name → γ; what `--train.gamma` knows."""
 
 

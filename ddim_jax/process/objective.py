@@ -17,6 +17,7 @@ from ddim_jax.arrays import (
     image_keys,
     is_concrete,
     normal,
+    per_image,
     wide,
 )
 from ddim_jax.process.gaussian import coefficients, forward_marginal
@@ -66,6 +67,44 @@ def loss(
       1.0
     """
     x_0 = check_batch(x_0)
+    dtype = x_0.dtype
+    t, noise = draws(x_0, key, schedule.num_steps, indices)
+    x_0 = wide(x_0)
+    output = call(denoise, forward_marginal(schedule, x_0, t, noise), t, dtype)
+    prediction, target = prediction_of(denoise), noise
+    if prediction.kind != "eps":
+        target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, prediction)
+    return weighted_error(schedule, output, target, t, gamma)
+
+
+def draws(
+    x_0: Array, key: Array, last: int, indices: ArrayLike | None = None
+) -> tuple[Array, Array]:
+    """Of each image a number, uniform in 1..last, and ε ~ N(0, I), both from `fold_in(key, k)`.
+
+    Returns:
+      (int32 (B,), ε of x_0's shape, float32 at least).
+
+    Example:
+      >>> number, noise = draws(jnp.ones((4, 2)), jax.random.key(0), 1)
+      >>> number.tolist(), noise.shape
+      ([1, 1, 1, 1], (4, 2))
+    """
+    numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
+    keys = jax.vmap(jax.random.split)(image_keys(key, numbers))
+    number = jax.vmap(lambda k: jax.random.randint(k, (), 1, last + 1, jnp.int32))(keys[:, 0])
+    draw: Callable[[Array], Array] = lambda k: normal(k, x_0.shape[1:], wide(x_0).dtype)  # noqa: E731
+    return number, jax.vmap(draw)(keys[:, 1])
+
+
+def weighted_error(
+    schedule: Schedule, output: Array, target: Array, t: Array, gamma: ArrayLike | None
+) -> Array:
+    """mean_k γ_{t_k} ‖output − target‖²/dim, in float32.
+
+    Raises:
+      ValueError: gamma is not (T+1,), finite and ≥ 0.
+    """
     if gamma is not None and np.shape(gamma) != (schedule.num_steps + 1,):
         raise ValueError(
             f"gamma must have shape (T+1,) = ({schedule.num_steps + 1},), got {np.shape(gamma)}"
@@ -75,19 +114,7 @@ def loss(
         if not fit.all():
             i = int(np.argmin(fit))
             raise ValueError(f"gamma must be finite and >= 0, got gamma[{i + 1}] = {w[i]}")
-    numbers = jnp.arange(x_0.shape[0]) if indices is None else jnp.asarray(indices)
-    keys = jax.vmap(jax.random.split)(image_keys(key, numbers))
-    t = jax.vmap(lambda k: jax.random.randint(k, (), 1, schedule.num_steps + 1, jnp.int32))(
-        keys[:, 0]
-    )
-    dtype, x_0 = x_0.dtype, wide(x_0)
-    draw: Callable[[Array], Array] = lambda k: normal(k, x_0.shape[1:], x_0.dtype)  # noqa: E731
-    noise = jax.vmap(draw)(keys[:, 1])
-    output = call(denoise, forward_marginal(schedule, x_0, t, noise), t, dtype)
-    prediction, target = prediction_of(denoise), noise
-    if prediction.kind != "eps":
-        target = from_x0_eps(coefficients(schedule, t, t * 0), x_0, noise, prediction)
     error = (output - target).astype(jnp.float32) ** 2
     if gamma is not None:
-        error = error * jnp.asarray(gamma, jnp.float32)[t].reshape(-1, *(1,) * (x_0.ndim - 1))
+        error = error * per_image(jnp.asarray(gamma, jnp.float32)[t], error)
     return error.mean()

@@ -19,7 +19,7 @@ class TrainConfig:
         F ("edm"). ε's error is multiplied by 1/√ᾱ_T at the start of sampling, and DDIM never
         corrects it; a network trained briefly does better with the others.
       gamma: γ_t of Eq. 5, the weight of the squared error of what is predicted: "one", "bound",
-        "min-snr-5", "edm", or module:function, see `find_gamma`.
+        "min-snr-5", "truncated-snr", "edm", …, or module:function, see `find_gamma`.
       sigma_data: of the prediction "edm" alone, the standard deviation of the data in [−1, 1].
       learning_rate: Adam's, after the warm-up.
       warmup_steps: the rate of step n = 0, 1, … is learning_rate · min(1, (n+1)/warmup_steps).

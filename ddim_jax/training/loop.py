@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 from tqdm import tqdm
 
 from ddim_jax.data import Dataset, batches
@@ -33,6 +34,7 @@ from ddim_jax.training.preview import make_preview
 from ddim_jax.training.resuming import INHERITED, check_facts, check_run, placed, restore_latest
 from ddim_jax.training.run_folder import MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.training.step import (
+    DENOISING,
     ApplyFn,
     Metrics,
     Params,
@@ -57,6 +59,7 @@ def fit(
     *,
     facts: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    loss: Partial = DENOISING,
     resume: Literal["never", "auto", "must"] = "never",
     fallback: bool = False,
     wandb: str | None = None,
@@ -93,8 +96,10 @@ def fit(
         "data" (the data set's provenance): what a reader needs to rebuild apply_fn. Of our U-Net
         `ddim_jax.weights.to_facts(schedule_config, unet_config)`, without which `load_model`
         does not read the run; a warning says so at the start. Of a run that goes on from a
-        trained model, those of `start_from`, which also gives apply_fn and params.
+        trained model, those of `start_from`, which also gives apply_fn and params. A "tau" among
+        them is the one that the network is for, and pictures are drawn along it.
       num_classes: see `make_train_step`.
+      loss: in place of Eq. 5, see what `make_train_step` returns: `distilling` for one.
       resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
         "auto": continue where there is a checkpoint, begin where there is none.
       fallback: where the latest checkpoint is damaged, say so, move it to `damaged/` and continue
@@ -130,6 +135,7 @@ def fit(
     if wandb is not None:
         check_wandb(directory, wandb)
     params = jax.tree.map(np.asarray, params)
+    loss = jax.device_put(loss, parallel.replicated(mesh))
     like = jax.eval_shape(lambda p: init_state(p, config), params)
     sharding = parallel.state_sharding(mesh, like)
     with locked(directory), StopSignals() as signals:
@@ -159,13 +165,15 @@ def fit(
             num_workers=config.num_workers,
         )
         train_step: Any = make_train_step(apply_fn, schedule, config, num_classes, mesh)
-        shape = (config.batch_size, *dataset.image_shape)
-        flops = 3 * flops_per_image(apply_fn, like.params, shape, num_classes)
+        size = (config.batch_size, *dataset.image_shape)
+        flops = 3 * flops_per_image(apply_fn, like.params, size, num_classes)
         peak = parallel.peak_flops(jax.devices()[0].device_kind)
-        preview = make_preview(
-            apply_fn, schedule, dataset.image_shape, num_classes, mesh, config.seed, say
+        shape = dataset.image_shape
+        tau = config_dict.get("tau")
+        preview = make_preview(apply_fn, schedule, shape, num_classes, mesh, config.seed, say, tau)
+        held_out = make_held_out(
+            apply_fn, schedule, dataset.held_out, config, num_classes, mesh, loss
         )
-        held_out = make_held_out(apply_fn, schedule, dataset.held_out, config, num_classes, mesh)
         averages = Averages(directory, state.params, start) if config.post_hoc else None
         pending: list[Metrics] = []  # on the devices
         began = logged = time.perf_counter()
@@ -181,12 +189,12 @@ def fit(
                 batch = parallel.put_batch(mesh, next(iterator))
                 if step == start:
                     bar.set_postfix_str("compiling")
-                    train_step = train_step.lower(state, batch).compile()
+                    train_step = train_step.lower(state, batch, loss).compile()
                     compiling = time.perf_counter() - began
                     bar.set_postfix_str(f"compiled in {compiling:.0f} s")
                     bar.unpause()  # the clock of its speed
                     began = logged = time.perf_counter()
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, loss)
                 step += 1
                 if averages:
                     averages.update(state.params, step)

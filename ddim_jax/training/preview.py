@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,16 @@ def make_preview(
     mesh: Mesh,
     seed: int,
     say: Callable[[str], None],
+    tau: Sequence[int] | None = None,
 ) -> Callable[[Params, int, MetricsLog], None]:
-    """Draws the same x_T with the moving average, η = 0; process 0 does so, on its first device."""
+    """Draws the same x_T with the moving average, η = 0; process 0 does so, on its first device.
+
+    Along τ, by default of `PREVIEW_STEPS`.
+    """
     gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))
 
-    tau = timesteps(schedule.num_steps, min(PREVIEW_STEPS, schedule.num_steps))
+    if tau is None:
+        tau = timesteps(schedule.num_steps, min(PREVIEW_STEPS, schedule.num_steps))
     sampler = make_sampler(Model(apply_fn, None, schedule), tau)
     labels = {} if num_classes is None else {"labels": jnp.arange(PREVIEW_IMAGES) % num_classes}
 

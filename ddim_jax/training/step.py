@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 from ddim_jax.pictures.images import to_model
 from ddim_jax.process.gamma import find_gamma
@@ -30,6 +31,14 @@ Params = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 ApplyFn = Callable[..., jax.Array]  # (params, x, t, dropout_key=None, labels=None) -> ε
+
+
+def denoising(*args: Any, labels: jax.Array | None = None, **kwargs: Any) -> jax.Array:
+    """Eq. 5: `loss`, for which the network alone reads the labels."""
+    return loss(*args, **kwargs)
+
+
+DENOISING = Partial(denoising)
 
 
 def objective(schedule: Schedule, config: TrainConfig) -> tuple[Prediction, np.ndarray | None]:
@@ -170,9 +179,11 @@ def make_train_step(
         are summed over all devices, and each device updates its own part.
 
     Returns:
-      Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}) -> (state, metrics). The
-      given state is donated: do not use it again. metrics are scalars on the device: "loss",
-      "grad_norm" (before clipping) and "param_norm" (after the update).
+      Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}, loss=`DENOISING`) ->
+      (state, metrics). The given state is donated: do not use it again. metrics are scalars on the
+      device: "loss", "grad_norm" (before clipping) and "param_norm" (after the update). `loss` is a
+      `jax.tree_util.Partial`, whose arrays are arguments of the compiled step too: (denoise,
+      schedule, x_0, key, gamma, indices=…, labels=…) -> scalar, as `process.loss`.
 
     Raises:
       ValueError: apply_fn says that it predicts something else than `config.prediction`; or as
@@ -207,7 +218,7 @@ def make_train_step(
         spec = PartitionSpec(None, parallel.AXES)
         return with_sharding_constraint(x, NamedSharding(mesh, spec)) if mesh else x
 
-    def part_loss(params: Params, key: jax.Array, part: Batch) -> jax.Array:
+    def part_loss(params: Params, key: jax.Array, part: Batch, loss: Partial) -> jax.Array:
         loss_key, dropout_key = jax.random.split(key)
         dropout_key = jax.random.fold_in(dropout_key, part["number"][0])
         labels = {"labels": part["label"]} if num_classes is not None else {}
@@ -222,9 +233,12 @@ def make_train_step(
             loss_key,
             gamma,
             indices=part["number"],
+            **labels,
         )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, loss: Partial = DENOISING
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         loss_key, flip_key, label_key = jax.random.split(key, 3)
         x_0, label = to_model(batch["image"]), batch["label"]
@@ -238,7 +252,7 @@ def make_train_step(
         params = whole(state.params)
 
         def gradient(part: Batch) -> tuple[jax.Array, Params]:
-            value, grads = jax.value_and_grad(part_loss)(params, loss_key, part)
+            value, grads = jax.value_and_grad(part_loss)(params, loss_key, part, loss)
             return value, own(grads)
 
         if parts == 1:
