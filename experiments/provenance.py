@@ -20,7 +20,7 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.storage.files import write_whole as write
-from ddim_jax.training.presets import PRESETS, DataConfig
+from ddim_jax.training.presets import PRESETS, DataConfig, learned_from
 
 
 def digest(model: ddim.Model) -> dict[str, Any]:
@@ -82,16 +82,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def data_config(name: str | None, facts: Mapping[str, Any]) -> DataConfig:
     """The data called `name` with the preset's cropping, or those in the model's facts."""
-    own: Mapping[str, Any] = facts.get("data") or {}
-    if name is None and "name" in own:
-        transform = own.get("transform") or {}
-        crop = transform.get("crop")
-        return DataConfig(
-            re.sub(r"/(\d+\.\d+\.\d+)$", r":\1", own["name"]),
-            own.get("split", "train"),
-            crop=tuple(crop) if crop else None,
-            resize=transform.get("resize"),
-        )
+    if name is None and (own := learned_from(facts)):
+        return own
     if name is None:
         raise ValueError("the model does not say what it learned from: name the data with --data")
     presets = {key: preset().data for key, preset in PRESETS.items()}

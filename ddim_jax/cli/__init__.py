@@ -21,6 +21,10 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
         "ddim_jax.cli.train:train",
         "Train a preset on all devices; every field of it can be overridden.",
     ),
+    "distill": (
+        "ddim_jax.cli.distill:distill",
+        "Teach a model to draw in half as many steps, again and again (progressive distillation).",
+    ),
     "demo": (
         "ddim_jax.cli.demo:demo",
         "Train on 8×8 digits for a few minutes, and make a page of what the network draws.",

@@ -90,7 +90,8 @@ def export(
     check_writable(out)
     loaded = source.load(model)
     if whole:
-        _write_sampler(loaded, out, program, float16, overwrite)
+        sampling = program.sampling.of(loaded, model)
+        _write_sampler(loaded, out, program, sampling, float16, overwrite)
         return
     if diffusers:
         save_diffusers(out, loaded)
@@ -101,11 +102,16 @@ def export(
 
 
 def _write_sampler(
-    model: Model, out: pathlib.Path, program: Program, float16: bool, overwrite: bool
+    model: Model,
+    out: pathlib.Path,
+    program: Program,
+    sampling: Sampling,
+    float16: bool,
+    overwrite: bool,
 ) -> None:
     facts = export_sampler(
         model,
-        program.sampling.timesteps(model.schedule),
+        sampling.timesteps(model.schedule),
         out,
         program.eta,
         method=program.method,

@@ -34,7 +34,9 @@ def generate(
     module.check_sizes(num_images, batch_size, shard_size)
     check_writable(out / "settings.json")
     processes.join()
-    loaded = source.load(sampling.model(model))
+    model = sampling.model(model)
+    loaded = source.load(model)
+    sampling = sampling.of(loaded, model)
     module.generate(
         loaded,
         out,

@@ -24,6 +24,7 @@ from ddim_jax.weights.pretrained import with_classes
 Spacing = Literal[
     "linear", "quadratic", "uniform", "quad", "leading", "trailing", "linspace", "logsnr"
 ]
+STEPS = 50  # S, unless it is said or the model has its own
 CONDITION = ("label", "labels", "guidance", "guidance_interval")
 
 
@@ -105,7 +106,8 @@ class Way:
     """From x_T to x_0.
 
     Attributes:
-      steps: S, the number of network calls per image.
+      steps: S, the number of network calls per image, 50 by default. A distilled model has a number
+        of its own, along its own τ by ddim with eta 0, and is drawn otherwise with --tau alone.
       method: ddim, ddpm, ddpm-large, adams-bashforth-2 (to 4), dpm-solver-2 (or 3, or sde), unipc-2
         (or 3), pf-euler, or module:function.
       eta: of the methods ddim and dpm-solver-2: 0 adds no noise, 1 is DDPM's.
@@ -114,7 +116,7 @@ class Way:
       clip: clip each predicted x_0 to [−1, 1].
     """
 
-    steps: int = 50
+    steps: int | None = None
     method: str = "ddim"
     eta: float = 0.0
     spacing: Spacing = "linear"
@@ -141,7 +143,7 @@ class Sampling(Way, Classes):
         eta = f"eta = {self.eta:g}"
         how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
-        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps}", how]
+        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps or STEPS}", how]
         parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
 
@@ -151,14 +153,14 @@ class Sampling(Way, Classes):
         names = {"label": "label", "labels": "labels", "guidance": "w", "guidance_interval": "in"}
         asked = {short: getattr(self, name) for name, short in names.items()}
         marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
-        steps = len(_numbers(self.tau)) if self.tau is not None else self.steps
+        steps = len(_numbers(self.tau)) if self.tau is not None else self.steps or STEPS
         eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
         how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
 
     def words(self) -> list[str]:
         """The options that say all of this but the classes."""
-        defaults, words = Sampling(), list[str]()
+        defaults, words = Sampling(steps=STEPS), list[str]()
         for name, value in dataclasses.asdict(self).items():
             if name in ("label", "labels") or value == getattr(defaults, name):
                 continue
@@ -184,20 +186,34 @@ class Sampling(Way, Classes):
         interval = self.interval(model.schedule.num_steps)
         return condition(model, self.wanted, self.guidance, interval)
 
+    def of(self, model: Model, name: str) -> Sampling:
+        """The same with `steps`, and with the τ of a distilled model, unless another is given."""
+        if model.tau is None or self.tau is not None:
+            return dataclasses.replace(self, steps=self.steps or STEPS)
+        usual, calls = Sampling(), len(model.tau)
+        way = (self.spacing, self.method, self.eta)
+        tau = ",".join(map(str, model.tau))
+        if self.steps not in (None, calls) or way != (usual.spacing, usual.method, usual.eta):
+            raise ValueError(
+                f"{name} is distilled to S = {calls}, along tau {tau} by ddim with eta = 0: leave "
+                "out --steps, --spacing, --method and --eta, or give a --tau to draw it otherwise"
+            )
+        return dataclasses.replace(self, steps=STEPS, tau=tau)
+
     def timesteps(self, schedule: Schedule) -> np.ndarray:
         """τ, as asked for."""
         if self.tau is not None:
             return as_timesteps(_numbers(self.tau), schedule.num_steps)
-        return timesteps(schedule.num_steps, self.steps, self.spacing, schedule=schedule)
+        return timesteps(schedule.num_steps, self.steps or STEPS, self.spacing, schedule=schedule)
 
     def check(self) -> Method:
         """What can be checked without the model; the method."""
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
         if not 0 <= self.eta < math.inf:
             raise ValueError(f"eta must be >= 0, got --eta {self.eta:g}")
         if self.tau is not None:
-            if (self.steps, self.spacing) != (50, "linear"):
+            if (self.steps, self.spacing) != (None, "linear"):
                 raise ValueError("give --tau, or --steps and --spacing, not both")
             _numbers(self.tau)
         if not 0 <= self.seed < 2**32:

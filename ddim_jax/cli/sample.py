@@ -71,13 +71,15 @@ def sample(
     method = sampling.check()
     model = sampling.model(model)
     files = {"out": out, "gif": gif, "webp": webp, "html": html}
-    if each is None and not any(files.values()):
-        number = f"-first{first}" if first else ""
-        stem = f"{pathlib.Path(model).resolve().stem}{sampling.stem}{number}"
-        files["out"] = out = pathlib.Path(f"{stem}.png")
     for option, file in files.items():
         _check_file(option, file, overwrite)
     loaded = source.load(model)
+    sampling = sampling.of(loaded, model)
+    if each is None and not any(files.values()):
+        number = f"-first{first}" if first else ""
+        stem = f"{pathlib.Path(model).resolve().stem}{sampling.stem}{number}"
+        out = pathlib.Path(f"{stem}.png")
+        _check_file("out", out, overwrite)
     if loaded.image_shape[2] not in (1, 3):
         raise ValueError(
             f"images of {loaded.image_shape[2]} channels are no PNG (1 or 3 are): ddim-jax "

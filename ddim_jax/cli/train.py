@@ -14,8 +14,8 @@ import tyro
 
 from ddim_jax.arrays import import_name
 from ddim_jax.cli.options import ProcessOptions, Source, check_writable, describe
+from ddim_jax.cli.runs import check_apart, tell
 from ddim_jax.data import Dataset
-from ddim_jax.data.sets import path_of
 from ddim_jax.networks.unet import abstract_params, build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.storage.checkpoint import restore_config, saved_steps
@@ -75,7 +75,7 @@ def train(
     if not dry_run:
         processes.join()
     check_writable(out / "checkpoints")
-    _check_apart(out, preset, data_dir)
+    check_apart(out, preset.data.name, data_dir)
     if project is not None:
         check_wandb(out, project)
     given = _given(sys.argv)
@@ -113,8 +113,8 @@ def train(
         preset = _timed(preset, given, start, dataset)
     if isinstance(preset, Fitted):
         count, kind = count_params(start.params), jax.devices()[0].device_kind
-        _tell(fitting.describe_fit(preset, count, len(dataset), kind))
-    _tell(
+        tell(fitting.describe_fit(preset, count, len(dataset), kind))
+    tell(
         f"training {preset.name}: {count_params(start.params):,} parameters, {len(dataset):,} "
         f"images, on {jax.device_count()} {jax.devices()[0].device_kind} in "
         f"{jax.process_count()} process(es), into {out}"
@@ -131,21 +131,14 @@ def train(
         resume=resume,
         fallback=fallback,
         wandb=project,
-        say=_tell,
+        say=tell,
     )
     if jax.process_index() == 0:
         curve = plots.png_bytes(plots.loss_curve(read_metrics(out / "metrics.jsonl")))
         write_whole(out / "loss.png", curve)
     if dataset.skipped:
-        _tell(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
-    _tell(
-        f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {shlex.quote(str(out))}"
-    )
-
-
-def _tell(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
+        tell(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
+    tell(f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {shlex.quote(str(out))}")
 
 
 def _given(words: list[str]) -> set[str]:
@@ -183,7 +176,7 @@ def _tuned(
             if wanted is None
             else f", with a new table of {wanted} classes, each at first as without a label"
         )
-    _tell(f"starting from {init} ({start.facts['init']['sha256'][:12]}…){classes}")
+    tell(f"starting from {init} ({start.facts['init']['sha256'][:12]}…){classes}")
     return start
 
 
@@ -201,7 +194,7 @@ def _timed(preset: Fitted, given: set[str], start: Start, dataset: Dataset) -> F
     """A preset of as many updates as fit into its minutes."""
     if jax.process_count() > 1:
         raise ValueError("--minutes is for one process: give --train.num-updates")
-    _tell("timing a few updates")
+    tell("timing a few updates")
     train, classes = preset.train, preset.model.num_classes
     part = max(train.batch_size // jax.device_count(), 1)
     few = dataclasses.replace(train, batch_size=part, accumulate=1)
@@ -223,16 +216,6 @@ def _data(
         if not dry_run or not str(error).startswith("no data set"):
             raise
         return None, f"not checked, as the data are not here: {str(error).splitlines()[0]}"
-
-
-def _check_apart(out: pathlib.Path, preset: Preset, data_dir: pathlib.Path | None) -> None:
-    """Raises ValueError where the pictures that a run draws would be among those it learns from."""
-    pictures = path_of(preset.data.name, data_dir)
-    if pictures and pictures.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(
-            f"--out {out} lies in the pictures to learn from, {preset.data.name}, and would add "
-            "its own to them: choose a folder outside"
-        )
 
 
 def _check_labels(dataset: Dataset, preset: Preset, given: set[str]) -> None:

@@ -59,7 +59,7 @@ def halve_timesteps(tau: Sequence[int] | np.ndarray, num_steps: int) -> np.ndarr
 
 
 def distillation_target(
-    teacher: Denoiser, schedule: Schedule, x_t: Array, t: ArrayLike, mid: ArrayLike, s: ArrayLike
+    teacher: Denoiser, schedule: Schedule, x_t: Array, t: Array, mid: Array, s: Array
 ) -> Array:
     """x̃, the x̂_0 by which one DDIM step t → s is the teacher's two, t → mid → s, η = 0.
 
@@ -122,11 +122,11 @@ def distillation_loss(
 ) -> Array:
     """`loss`, but t is one of the student's and the target is two of the teacher's steps.
 
-    mean_k γ_{t_k} ‖student(x_t, t) − target‖²/dim, t uniform in `halve_timesteps(tau)`, x_t of Eq. 4, target
-    what the student's output would be for x̃ of `distillation_target` (Salimans & Ho 2022, Alg. 2). Their
-    weight of x̂_0's error, max(SNR, 1), is γ `"truncated-snr"`; SNR + 1 is `"snr-plus-one"`, for a
-    student that predicts v γ = 1 (their §4). Student and teacher may predict different
-    things. No gradient flows into the teacher.
+    mean_k γ_{t_k} ‖student(x_t, t) − target‖²/dim, t uniform in `halve_timesteps(tau)`, x_t of
+    Eq. 4, target what the student's output would be for x̃ of `distillation_target` (Salimans & Ho
+    2022, Alg. 2). Their weight of x̂_0's error, max(SNR, 1), is γ `"truncated-snr"`; SNR + 1 is
+    `"snr-plus-one"`, of v γ = 1 (their §4). Student and teacher may predict different things. No
+    gradient flows into the teacher.
 
     Args:
       student: (x (B, ...), t (B,)) → (B, ...), with what it predicts.

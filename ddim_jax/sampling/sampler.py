@@ -174,7 +174,7 @@ def trajectory(
 
 def make_sampler(
     model: Network,
-    tau: ArrayLike | Sequence[int],
+    tau: ArrayLike | Sequence[int] | None = None,
     eta: ArrayLike = 0.0,
     *,
     method: Method | None = None,
@@ -188,7 +188,7 @@ def make_sampler(
     Args:
       model: of `load_model`; or anything with `apply_fn`, `params` and `schedule`, such as
         `Model(apply_fn, params, schedule)`.
-      tau: (S,) the default τ.
+      tau: (S,) the default τ; by default `model.tau`, which a distilled model has.
       eta: the default η.
       method: the default method, in place of η.
 
@@ -197,6 +197,7 @@ def make_sampler(
       `sample`; `inputs` are further arrays for apply_fn, such as `labels`.
 
     Raises:
+      TypeError: no τ is given, and the model has none.
       ValueError: as `sample`, when the sampler is made or called.
 
     Example:
@@ -207,6 +208,9 @@ def make_sampler(
       >>> sampler(x_T).shape, sampler(x_T, jax.random.key(1), eta=1.0, params=0.7).shape
       ((4, 8, 8, 1), (4, 8, 8, 1))
     """
+    tau = getattr(model, "tau", None) if tau is None else tau
+    if tau is None:
+        raise TypeError("give tau, such as timesteps(1000, 50): only a distilled model has its own")
     apply_fn, schedule, default = model.apply_fn, model.schedule, (tau, eta, method)
     prediction_of(apply_fn).check(plan_of(method, eta, schedule, tau).steps)
 

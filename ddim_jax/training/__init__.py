@@ -9,6 +9,7 @@ _WHERE = {
     "Preset": "presets",
     "TrainConfig": "config",
     "TrainState": "step",
+    "distill": "distilling",
     "fit": "loop",
     "init_state": "step",
     "make_mesh": "parallel",

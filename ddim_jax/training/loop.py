@@ -99,7 +99,7 @@ def fit(
         trained model, those of `start_from`, which also gives apply_fn and params. A "tau" among
         them is the one that the network is for, and pictures are drawn along it.
       num_classes: see `make_train_step`.
-      loss: in place of Eq. 5, see what `make_train_step` returns: `distilling` for one.
+      loss: in place of Eq. 5, see what `make_train_step` returns: `distilling.taught_by` for one.
       resume: "never": the folder must not hold a run. "must": continue from its latest checkpoint.
         "auto": continue where there is a checkpoint, begin where there is none.
       fallback: where the latest checkpoint is damaged, say so, move it to `damaged/` and continue

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Literal
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from ddim_jax import data
 from ddim_jax.data import Dataset
@@ -47,6 +48,25 @@ class DataConfig:
             channels=self.channels,
         )
         return data.hold_out(whole, self.holdout)
+
+
+def learned_from(facts: Mapping[str, Any]) -> DataConfig | None:
+    """The images that a model learned from, cropped and resized as then, where its facts say so.
+
+    Example:
+      >>> learned_from({"data": {"name": "mnist/3.0.1", "transform": {"resize": 8}}}).resize
+      8
+    """
+    own = facts.get("data") or {}
+    if "name" not in own:
+        return None
+    transform = own.get("transform") or {}
+    return DataConfig(
+        re.sub(r"/(\d+\.\d+\.\d+)$", r":\1", own["name"]),
+        own.get("split", "train"),
+        crop=tuple(transform["crop"]) if transform.get("crop") else None,
+        resize=transform.get("resize"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

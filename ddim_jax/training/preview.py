@@ -40,9 +40,8 @@ def make_preview(
     """
     gather = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(mesh))
 
-    if tau is None:
-        tau = timesteps(schedule.num_steps, min(PREVIEW_STEPS, schedule.num_steps))
-    sampler = make_sampler(Model(apply_fn, None, schedule), tau)
+    few = timesteps(schedule.num_steps, min(PREVIEW_STEPS, schedule.num_steps))
+    sampler = make_sampler(Model(apply_fn, None, schedule), few if tau is None else tau)
     labels = {} if num_classes is None else {"labels": jnp.arange(PREVIEW_IMAGES) % num_classes}
 
     def preview(ema: Params, step: int, log: MetricsLog) -> None:

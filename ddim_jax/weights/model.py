@@ -13,7 +13,7 @@ import numpy as np
 
 from ddim_jax.arrays import Array, Denoiser
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts
+from ddim_jax.process import Prediction, Schedule, ScheduleConfig, as_timesteps, predicts
 from ddim_jax.process.prediction import prediction_of
 
 
@@ -54,6 +54,12 @@ class Model(NamedTuple):
         if len(names) != classes:
             raise ValueError(f"the model has {classes} classes, and its facts {len(names)} names")
         return tuple(map(str, names))
+
+    @property
+    def tau(self) -> np.ndarray | None:
+        """(S,) the τ that a distilled model draws along; None of one that takes any."""
+        tau = self.facts.get("tau")
+        return None if tau is None else as_timesteps(tau, self.schedule.num_steps)
 
     def __repr__(self) -> str:
         shape = "" if self.config is None else "×".join(map(str, self.image_shape)) + ", "
