@@ -14,13 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ddim_jax.networks.config import (
-    Params,
-    UNetConfig,
-    check_inputs,
-    check_params,
-)
+from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.networks.conv import conv
+from ddim_jax.networks.inputs import check_inputs, check_params
 
 ZERO_INIT = ("conv2", "proj_out", "conv_out")  # every residual branch, and the output, starts at 0
 _zeros = nnx.initializers.zeros_init()
@@ -143,7 +139,7 @@ class UNet(nnx.Module):
 
     def __init__(self, config: UNetConfig):
         self.config = config
-        widths = [m * config.channels for m in config.multipliers]
+        widths = list(config.widths)
         temb, bottom = 4 * config.channels, widths[-1]
         skips = [config.channels]  # widths of what the way down leaves for the way up
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax.networks.config import UNetConfig, check_params
+from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
 from ddim_jax.process.prediction import SIGMA_DATA
