@@ -88,8 +88,8 @@ def read_diffusers(
       `Contents`; the facts hold the scheduler's settings for sampling, "clip_sample" for one.
 
     Raises:
-      ValueError: a file is missing or damaged, a setting is of no network that is known here, or the
-        weights do not fit; the message names it.
+      ValueError: a file is missing or damaged, settings are of no network that is known here,
+        or the weights do not fit; the message names them.
     """
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (inner / "config.json").is_file():
