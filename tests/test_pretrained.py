@@ -327,7 +327,7 @@ BAD = {
         torch(torch_writer.Call("models.diffusion", "Model")), SIZED, "models.diffusion.Model"),
     "a.ckpt: cut short": (lambda: torch_writer.saved(STATE)[:5000], SIZED, "zip"),
     "a.ckpt: compressed": (compressed, SIZED, "compressed or encrypted"),
-    "a.ckpt: a number": (torch({"epoch": 3}), SIZED, r"a dict of 'epoch' \(int\) where a state dict"),
+    "a.ckpt: a number": (torch({"epoch": 3}), SIZED, r"a dict of 'epoch' \(int\) where"),
     "a.ckpt: no dict": (torch("weights"), SIZED, "holds a str where a state dict belongs"),
     "a.ckpt: empty dict": (torch({}), SIZED, "(?s)state dict belongs|conv_in.weight"),
     "a.ckpt: list of two": (torch([STATE, EMA]), SIZED, r"a list of 2, not \[model, optimiser"),

@@ -18,14 +18,14 @@ import numpy as np
 
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.storage.weights_file import read_safetensors, write_safetensors
+from ddim_jax.storage.weights_file import write_safetensors
+from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_config import (
     schedule_config,
     scheduler_settings,
     unet_config,
     unet_settings,
 )
-from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_files import STEM, choose, read_tensors, weights_file
 from ddim_jax.weights.state_dict import from_state_dict, to_state_dict
 
@@ -69,6 +69,12 @@ class Contents(NamedTuple):
 def is_diffusers_weights(path: pathlib.Path) -> bool:
     """Whether it is the weights file of a folder that `read_diffusers` takes."""
     return weights_file(path.name) is not None and (path.parent / "config.json").is_file()
+
+
+def check_settings(folder: pathlib.Path) -> None:
+    """Refuses a network by its config.json alone, before its weights are there."""
+    settings = read_json(folder / "config.json")
+    unet_config({**settings, "num_class_embeds": None})  # which our own files allow
 
 
 def read_diffusers(
