@@ -1,4 +1,4 @@
-"""Random UNet2DModels of every switch: their settings, weights and inputs; and what diffusers gives.
+"""Random UNet2DModels of every switch: settings, weights, inputs, and what diffusers gives.
 
 `python -m tests.diffusers_networks` writes tests/data/diffusers_networks.json anew, which
 tests/test_switches.py compares with; it needs `pip install 'ddim_jax[peers]'`.
@@ -28,9 +28,8 @@ def draw(seed):
     up = [one("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D") for _ in widths]
     divisors = [n for n in (1, 2, 3, 4, 6, 8) if widths[-1] % n == 0]
     in_channels = one(1, 3, 3)
-    labels = one(
-        {}, {"num_class_embeds": 5}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}
-    )  # fmt: skip
+    kinds = [{"class_embed_type": kind} for kind in ("timestep", "identity")]
+    labels = one({}, {"num_class_embeds": 5}, *kinds)
     return {
         "_class_name": "UNet2DModel",
         "sample_size": one(8, 8, [8, 12]),
