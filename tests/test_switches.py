@@ -89,7 +89,7 @@ def test_shapes_of_what_diffusers_has_not():
     assert shapes(own)["temb.dense.0.kernel"] == (20, 12)
     assert shapes(own)["down.0.block.0.temb_proj.kernel"] == (12, 8)
     assert shapes(dataclasses.replace(SMALL, out_channels=6))["conv_out.kernel"] == (3, 3, 8, 6)
-    labels = dataclasses.replace(SMALL, num_classes=3, no_label=False)
+    labels = dataclasses.replace(SMALL, num_classes=3, null_label=False)
     assert shapes(labels)["label_embedding"] == (3, 32)
     for config in (pooled, own, labels):
         y = jax.eval_shape(
@@ -163,7 +163,7 @@ def test_initial_weights():
 
 
 def test_without_a_row_for_no_label_nothing_is_drawn_guided_or_hidden_without_one(tmp_path):
-    config = dataclasses.replace(SMALL, num_classes=3, no_label=False)
+    config = dataclasses.replace(SMALL, num_classes=3, null_label=False)
     apply_fn, params = build(config, jax.random.key(0))
     facts = to_facts(ScheduleConfig(), config)
     model = ddim.Model(apply_fn, params, ddim.linear_schedule(1000), config, facts)
@@ -181,7 +181,7 @@ def test_without_a_row_for_no_label_nothing_is_drawn_guided_or_hidden_without_on
     with pytest.raises(ValueError, match=r"keep num_classes=3, got 4"):
         start_from(model, dataclasses.replace(config, num_classes=4))
     again = start_from(model, dataclasses.replace(config, dropout=0.2))
-    assert again.facts["model"]["no_label"] is False
+    assert again.facts["model"]["null_label"] is False
     dataset = load("digits")
     told = {"train": {"label_dropout": 0.1}, **facts}
     with pytest.raises(ValueError, match=r"set label_dropout=0 \(--train.label-dropout 0\)"):
@@ -191,8 +191,8 @@ def test_without_a_row_for_no_label_nothing_is_drawn_guided_or_hidden_without_on
 @pytest.mark.parametrize(
     ("change", "labels", "message"),
     [
-        ({"num_classes": 3, "no_label": False}, None, r"without labels: give \(B,\) in 0\.\.2, as"),
-        ({"num_classes": 3, "no_label": False}, [0, 3], r"in 0\.\.2, .* got 3"),
+        ({"num_classes": 3, "null_label": False}, None, r"without labels: give \(B,\) in 0\.\.2, as"),
+        ({"num_classes": 3, "null_label": False}, [0, 3], r"in 0\.\.2, .* got 3"),
         ({"class_embedding": "timestep"}, None, r"without labels: give \(B,\) numbers >= 0"),
         ({"class_embedding": "timestep"}, [1.5, -1.0], "numbers >= 0, embedded as time is; got -1"),
         ({"class_embedding": "identity"}, None, r"without labels: give \(B, 32\) embeddings"),

@@ -111,13 +111,13 @@ def check_none(model: Model, guidance: bool) -> None:
     if guidance and not _has_none(model):
         raise ValueError(
             "guidance leads away from images without a class, of which this network knows none "
-            "(no_label=False): leave it out"
+            "(null_label=False): leave it out"
         )
 
 
 def _has_none(model: Model) -> bool:
     """Whether its label K means none, as it does but for networks of others."""
-    return getattr(model.config, "num_classes", None) is None or model.config.no_label
+    return getattr(model.config, "num_classes", None) is None or model.config.null_label
 
 
 def name_of(model: Model, label: int) -> str:

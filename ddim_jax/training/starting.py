@@ -74,7 +74,7 @@ def start_from(
                 f"the model's network has {field.name}={has!r}, wanted is {wanted!r}: only "
                 f"{', '.join(FREE)} may be changed"
             )
-    if not own.no_label and config.num_classes != own.num_classes:
+    if not own.null_label and config.num_classes != own.num_classes:
         raise ValueError(
             "the model's classes have no row for none of them, of which others could begin: keep "
             f"num_classes={own.num_classes}, got {config.num_classes}"
