@@ -19,12 +19,8 @@ import numpy as np
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import read_safetensors, write_safetensors
-from ddim_jax.weights.diffusers_config import (
-    schedule_config,
-    scheduler_settings,
-    unet_config,
-    unet_settings,
-)
+from ddim_jax.weights.diffusers_config import unet_config, unet_settings
+from ddim_jax.weights.diffusers_scheduler import schedule_config, scheduler_settings
 from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, to_state_dict
 from ddim_jax.weights.torch_files import load_torch
 
