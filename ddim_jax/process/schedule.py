@@ -316,7 +316,7 @@ class ScheduleConfig:
         makers = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}
         if self.kind not in makers or not (betas := self.betas):
             raise ValueError(
-                f"unknown schedule kind {self.kind!r}; choose linear, scaled_linear, cosine or betas"
+                f"unknown schedule kind {self.kind!r}; choose linear, scaled_linear, cosine, betas"
             )
         options = {"rescale_betas": self.rescale_betas, "zero_terminal_snr": self.zero_terminal_snr}
         return makers[self.kind](self.num_steps, *betas, **options)

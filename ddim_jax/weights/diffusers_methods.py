@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,7 +48,10 @@ def ddim_to_first(eta: float = 0.0) -> Method:
         t, s = pairs(schedule, np.asarray(tau))
         c: Any = coefficients(schedule, t, np.append(s[:-1], t[-1] > 1), eta)
         if t[-1] == 1:
-            ends = {"sqrt_alpha_bar_s": c.sqrt_alpha_bar_t, "direction": c.sqrt_one_minus_alpha_bar_t}
+            ends = {
+                "sqrt_alpha_bar_s": c.sqrt_alpha_bar_t,
+                "direction": c.sqrt_one_minus_alpha_bar_t,
+            }
             c = c._replace(**{n: np.append(getattr(c, n)[:-1], v[-1]) for n, v in ends.items()})
         return Plan(t, c if eta else c._replace(sigma=None))
 
@@ -100,12 +104,12 @@ def pndm(runge_kutta: bool = True, *, to_one: bool = False) -> Method:
 def _pndm_states(
     levels: list[int], sigma: np.ndarray, runge_kutta: bool
 ) -> tuple[list[int], np.ndarray]:
-    """The t of the N calls, and (N + 1, N) C of the states before them: x̄_n = x̄_T + Σ_j C_nj ε_j."""
+    """The t of N calls, and C (N + 1, N) of the states before them, x̄_n = x̄_T + Σ_j C_nj ε_j."""
     steps = len(levels) - 1
     e = np.eye(steps + (9 if runge_kutta else int(steps > 1)))
     t, states, past = list[int](), [0 * e[0]], list[int]()
     if runge_kutta:
-        for d, c in zip(levels[:3], levels[1:4]):
+        for d, c in pairwise(levels[:4]):
             n, x, m = len(t), states[-1], c + (d - c) // 2
             half, whole = sigma[m] - sigma[d], sigma[c] - sigma[d]
             mean = (e[n] + 2 * e[n + 1] + 2 * e[n + 2] + e[n + 3]) / 6
@@ -118,7 +122,7 @@ def _pndm_states(
         h = sigma[c] - sigma[d]
         t, past, levels = [d, c], [0], levels[1:]
         states += [h * e[0], h * (e[0] + e[1]) / 2]
-    for d, c in zip(levels, levels[1:]):
+    for d, c in pairwise(levels):
         past = [*past, len(t)][-4:]
         mean = ADAMS_BASHFORTH[len(past) - 1] @ e[past[::-1]]
         states.append(states[-1] + (sigma[c] - sigma[d]) * mean)
