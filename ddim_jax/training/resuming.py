@@ -176,7 +176,8 @@ def check_facts(
     say: Callable[[str], None],
 ) -> None:
     """Says at the start of a run what `load_model` would say of it in the end."""
-    from ddim_jax.networks.unet import abstract_params, check_params
+    from ddim_jax.networks.inputs import check_params
+    from ddim_jax.networks.unet import abstract_params
 
     try:
         schedule_config, model = from_facts(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -83,7 +82,7 @@ def to_facts(
       >>> sorted(to_facts(ScheduleConfig(), UNetConfig(), "v"))
       ['model', 'prediction', 'schedule']
     """
-    facts = {"model": dataclasses.asdict(model), "schedule": schedule.facts()}
+    facts = {"model": model.facts(), "schedule": schedule.facts()}
     if isinstance(prediction, str):
         prediction = Prediction(prediction)
     return facts | (prediction.facts() if prediction else {})

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax.networks.config import UNetConfig, check_params
+from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
 from ddim_jax.process.prediction import SIGMA_DATA
@@ -68,7 +69,7 @@ def load_model(
         config.json of diffusers; or the name of a network of the paper, "cifar10", "celeba64" or
         "lsun256", each with the linear schedule.
       image_size: of a file with the DDIM authors' names, a side or (H, W); the rest of the network
-        is inferred.
+        is inferred. Of a diffusers folder, in place of its sample_size, which may be null.
       schedule: the noise schedule, in place of the one that is stored, if any.
       prediction: what the network predicts, "eps", "x_0", "v" or "edm", in place of what is stored;
         "eps" where nothing is.
@@ -114,7 +115,7 @@ def load_model(
     for given, name, kinds in (
         (step is not None, f"step={step}", ("run folder",)),
         (not ema, "ema=False", ("run folder", *FOREIGN)),
-        (image_size is not None, "image_size", FOREIGN),
+        (image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
         (part is not None, f"part={part!r}", FOREIGN),
         (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
         (bool(ignore), f"ignore={ignore!r}", ("diffusers folder", *FOREIGN)),
@@ -128,7 +129,7 @@ def load_model(
             stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
         elif kind == "diffusers folder":
             folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-            stored = read_diffusers(folder, variant, file, leave)
+            stored = read_diffusers(folder, variant, file, leave, image_size)
         elif kind in FOREIGN:
             stored = _read_foreign(path, kind == FOREIGN[0], (ema, part, leave), config, image_size)
         else:
