@@ -16,7 +16,7 @@ class Hub:
     def __init__(self):
         self.repositories = {}  # "org/name" → {file name: bytes}
         self.revisions = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
-        self.refusals = {}  # "org/name" → (status, X-Error-Code)
+        self.refusals = {}  # "org/name" or "files of org/name" → (status, X-Error-Code)
         self.asked = []  # (method, path)
 
     @property
@@ -37,8 +37,9 @@ class Hub:
             repo, revision, name = match.groups()
         else:
             return 404, {}, b""
-        if repo in self.refusals and headers.get("Authorization") != "Bearer good":
-            status, code = self.refusals[repo]
+        asked = f"files of {repo}" if name and repo not in self.refusals else repo
+        if asked in self.refusals and headers.get("Authorization") != "Bearer good":
+            status, code = self.refusals[asked]
             return status, {"X-Error-Code": code} if code else {}, b""
         if repo not in self.repositories:
             return 401, {"X-Error-Code": "RepoNotFound"}, b""

@@ -15,7 +15,8 @@ from ddim_jax.networks import unet
 from ddim_jax.process import ScheduleConfig
 from ddim_jax.weights import load_model, save_model, to_facts
 from ddim_jax.weights.diffusers_config import unet_settings
-from ddim_jax.weights.hub import Needed, is_hub_name, needed
+from ddim_jax.weights.hub import is_hub_name
+from ddim_jax.weights.hub_files import Needed, needed
 from ddim_jax.weights.state_dict import from_state_dict
 from tests import hub_server
 from tests.test_containers import EMA, SCHEDULER, STATE, STEM, THEIR_EMA, THEIRS, TINY, shards
@@ -243,8 +244,10 @@ REFUSED = {
     "variant": ("org/a", {"variant": "bf16"}, ValueError, "org/a on the Hub: .*variant 'bf16'"),
     "private": ("org/private", {}, FileNotFoundError, "public or yours.*HF_TOKEN"),
     "gated": ("org/gated", {}, PermissionError, "org/gated is gated"),
-    "forbidden": ("org/no", {}, PermissionError, r"refuses org/no to this token \(403\)"),
+    "forbidden": ("org/no", {}, PermissionError, r"the Hub refuses org/no \(403\): give a token"),
     "broken": ("org/broken", {}, ConnectionError, r"it answers 500(?s:.*)hf download org/broken"),
+    "gated files": ("org/listed", {}, PermissionError, "org/listed is gated: accept its terms"),
+    "broken files": ("org/half", {}, ConnectionError, r"middle of it(?s:.*)hf download org/half"),
     "name": ("org/a--b", {}, ValueError, "neither a path here nor a name of the Hub"),
     "text": ("org/words", {}, FileNotFoundError, "no model that is read here.* README.md"),
 }
@@ -255,6 +258,9 @@ def test_what_is_refused(hub, what):
     hub.repositories |= {"org/a": repository(), "org/words": {"README.md": b"-"}}
     hub.refusals |= {"org/private": (401, "RepoNotFound"), "org/gated": (403, "GatedRepo")}
     hub.refusals |= {"org/no": (403, None), "org/broken": (500, None)}
+    for repo, refusal in {"org/listed": (403, "GatedRepo"), "org/half": (400, None)}.items():
+        hub.repositories[repo] = repository()
+        hub.refusals[f"files of {repo}"] = refusal
     name, options, error, says = REFUSED[what]
     with pytest.raises(error, match=says):
         load_model(name, **options)
