@@ -181,6 +181,28 @@ def test_a_file_of_a_folder_by_its_path(tmp_path):
     assert model.facts["variant"] == "ema"
 
 
+def test_a_checkpoint_of_the_training_script(tmp_path):
+    """unet_ema/ beside unet/, with the average's own settings; the scheduler above, at the end."""
+    decay = {"decay": 0.9999, "min_decay": 0.0, "optimization_step": 500, "update_after_step": 0}
+    decay |= {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+    folder = tmp_path / "checkpoint-500"
+    write(folder / "unet", PLAIN)
+    average = {f"{STEM}.safetensors": THEIR_EMA, "config.json": {**unet_settings(TINY), **decay}}
+    write(folder / "unet_ema", average)
+    with pytest.raises(ValueError, match="holds no noise schedule"):
+        load_model(folder)
+    write(tmp_path / "scheduler", {})
+    for path, ema, want in (
+        *((folder, True, EMA), (folder, False, STATE)),
+        *((folder / "unet_ema", True, EMA), (folder / "unet", True, STATE)),
+    ):
+        model = load_model(path, ema=ema)
+        assert_same(model.params, from_state_dict(want, TINY))
+        assert (model.facts.get("weights") == "moving average") == (want is EMA)
+    with pytest.raises(ValueError, match="ema=False, but it holds one set"):
+        load_model(folder / "unet", ema=False)
+
+
 # What is refused, and what the message says.
 
 FILES, INDEX = shards()

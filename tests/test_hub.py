@@ -45,7 +45,10 @@ NEEDED = {
     "variant": (PIPELINE, {"variant": "fp16"}, "", f"unet/{STEM}.fp16.safetensors", SETTINGS),
     "unet": (PIPELINE, {"subfolder": "unet"}, "unet/", f"unet/{STEM}.safetensors", SETTINGS),
     "average": (PIPELINE, {"subfolder": EMA_FOLDER[:-1]}, EMA_FOLDER,
-                f"{EMA_FOLDER}{STEM}.safetensors", [f"{EMA_FOLDER}config.json"]),
+                f"{EMA_FOLDER}{STEM}.safetensors", [f"{EMA_FOLDER}config.json", *SETTINGS[1:]]),
+    "checkpoint of a run": (
+        PIPELINE, {"subfolder": "checkpoint-500"}, "checkpoint-500/",
+        f"{EMA_FOLDER}{STEM}.safetensors", [f"{EMA_FOLDER}config.json", *SETTINGS[1:]]),
     "file of weights": (PIPELINE, {"filename": f"unet/{STEM}.fp16.safetensors"},
                         f"unet/{STEM}.fp16.safetensors", f"unet/{STEM}.fp16.safetensors", SETTINGS),
     "ours": (["README.md", "m.safetensors", "m.ckpt"], {}, "m.safetensors", "m.safetensors", []),

@@ -56,6 +56,10 @@ RENAMES = [
     (r"^label_embedding$", "class_embedding.weight"),
     (r"^time_table$", "time_proj.weight"),
 ]
+AVERAGE = (  # what diffusers' EMAModel adds to config.json
+    *("decay", "min_decay", "optimization_step", "update_after_step"),
+    *("use_ema_warmup", "inv_gamma", "power"),
+)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -76,7 +80,7 @@ def is_diffusers_weights(path: pathlib.Path) -> bool:
 
 def check_settings(folder: pathlib.Path) -> None:
     """Refuses a network by its config.json alone, before its weights are there."""
-    settings = read_json(folder / "config.json")
+    settings, _ = _network_settings(folder)
     unet_config(settings, image_size=settings.get("sample_size") or 512)  # any: it may be given
 
 
@@ -86,6 +90,7 @@ def read_diffusers(
     name: str | None = None,
     ignore: Collection[str] = (),
     image_size: int | tuple[int, int] | None = None,
+    ema: bool = True,
 ) -> Contents:
     """Reads a `UNet2DModel` folder, or a pipeline folder with unet/ and scheduler/ in it.
 
@@ -96,6 +101,7 @@ def read_diffusers(
       name: the very file of weights, in place of that choice.
       ignore: names of tensors to leave out.
       image_size: a side or (H, W), in place of sample_size, which may be null.
+      ema: of a checkpoint of diffusers' training script, unet_ema/ in place of unet/.
 
     Returns:
       `Contents`; the facts hold the scheduler's settings for sampling, "clip_sample" for one.
@@ -104,20 +110,25 @@ def read_diffusers(
       ValueError: a file is missing or damaged, settings are of no network that is known here,
         or the weights do not fit; the message names them.
     """
-    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    there = [folder / n for n in ("unet_ema", "unet") if (folder / n).is_dir()] or [folder]
+    if not ema and len(there) < 2:
+        raise ValueError("ema=False, but it holds one set of weights only")
+    inner = there[0 if ema else -1]
     if not (inner / "config.json").is_file():
         raise ValueError(
             f"{folder} is a folder, but not a run (it has no checkpoints/ in it) and not a "
             "diffusers model (it has no config.json)"
         )
-    settings = read_json(inner / "config.json")
+    settings, average = _network_settings(inner)
     state, facts = _read_weights(inner, variant, name, ignore)
     num_classes = facts.get("model", {}).get("num_classes")
     config = unet_config(settings, num_classes, image_size)
     params = from_state_dict(state, config, lambda name: diffusers_name(name, config))
-    facts = {"source": "diffusers", **facts}
-    beside = folder.absolute().parent if folder.absolute().name == "unet" else folder
-    for parent in (folder, beside / "scheduler"):
+    facts = {"source": "diffusers", **facts, **({"weights": "moving average"} if average else {})}
+    beside = folder.absolute()
+    beside = beside.parent if beside.name in ("unet", "unet_ema") else beside
+    run = beside.parent if beside.name.startswith("checkpoint-") else beside
+    for parent in (folder, beside / "scheduler", run / "scheduler"):
         if (parent / "scheduler_config.json").is_file():
             scheduler = read_json(parent / "scheduler_config.json")
             schedule, prediction = schedule_config(scheduler)
@@ -202,6 +213,13 @@ def diffusers_name(name: str, config: UNetConfig) -> str:
 def _is_linear(name: str) -> bool:
     """Whether a 1×1 convolution of the authors' is a linear layer in diffusers."""
     return re.search(r"\.(q|k|v|proj_out)\.weight$", name) is not None
+
+
+def _network_settings(folder: pathlib.Path) -> tuple[dict[str, Any], bool]:
+    """The content of config.json, and whether a moving average wrote its own settings there."""
+    settings = read_json(folder / "config.json")
+    kept = {name: value for name, value in settings.items() if name not in AVERAGE}
+    return kept, len(kept) < len(settings)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ddim_jax.weights.diffusers_files import WeightsFile, choose, weights_file
 
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-SCHEDULERS = ("scheduler/scheduler_config.json", "scheduler_config.json")
+SETTINGS = ("scheduler/scheduler_config.json", "scheduler_config.json", "model_index.json")
 
 
 class Needed(NamedTuple):
@@ -68,7 +68,7 @@ def needed(
             return Needed(root + filename, [], root + filename)
         inner = f"{root}{folder}/" if folder else root
         return _diffusers(names, inner, [file], variant, root + filename)
-    for inner in ("unet/", ""):
+    for inner in ("unet_ema/", "unet/", ""):
         files = [n.removeprefix(inner) for n in beside if n.startswith(inner)]
         if "config.json" in files and any(weights_file(name) for name in files):
             files = [name for name in files if "/" not in name]
@@ -93,9 +93,13 @@ def _diffusers(
 ) -> Needed:
     """A `UNet2DModel` in the folder `inner`, its weights one of `files`."""
     chosen = choose(files, variant)
-    outer = re.sub(r"(^|/)unet/$", r"\1", inner)
-    settings = [f"{inner}config.json", *(outer + name for name in SCHEDULERS)]
-    settings += [f"{inner}scheduler_config.json", f"{outer}model_index.json"]
+    outer = re.sub(r"(^|/)unet(_ema)?/$", r"\1", inner)
+    run = re.sub(r"(^|/)checkpoint-[^/]*/$", r"\1", outer)  # of diffusers' training script
+    settings = [
+        f"{inner}config.json",
+        *(place + name for place in (outer, run) for name in SETTINGS),
+    ]
+    settings += [f"{inner}scheduler_config.json"]
     kept = [name for name in dict.fromkeys(settings) if name in names]
     return Needed(model, kept, inner + chosen.name, chosen if chosen.is_index else None)
 
