@@ -1,5 +1,6 @@
 """A Hugging Face Hub on 127.0.0.1, as far as huggingface_hub asks it for models."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -17,6 +18,7 @@ class Hub:
         self.repositories = {}  # "org/name" → {file name: bytes}
         self.revisions = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
         self.refusals = {}  # "org/name" or "files of org/name" → (status, X-Error-Code)
+        self.visibility = {}  # of repositories that were made
         self.asked = []  # (method, path)
 
     @property
@@ -28,9 +30,37 @@ class Hub:
             if "/resolve/" in p and m == "GET"
         ]
 
+    def take(self, path, headers, body):
+        """(status, JSON) of what is sent to be kept."""
+        if headers.get("Authorization") != "Bearer good":
+            return 401, {}
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            self.visibility[repo] = asked.get("visibility")
+            return (409 if repo in self.repositories else 200), {"url": f"http://127.0.0.1/{repo}"}
+        repo, action = re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path
+        ).groups()
+        if action == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular"}
+                for file in json.loads(body)["files"]
+            ]
+            return 200, {"files": [{**file, "shouldIgnore": False} for file in files]}
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                data = base64.b64decode(line["value"]["content"])
+                self.repositories.setdefault(repo, {})[line["value"]["path"]] = data
+        address = f"http://127.0.0.1/{repo}/commit/{COMMIT}"
+        return 200, {"commitOid": COMMIT, "commitUrl": address}
+
     def answer(self, method, path, headers):
         """(status, headers, body) of one request."""
         self.asked.append((method, path))
+        if path == "/api/whoami-v2":
+            good = headers.get("Authorization") == "Bearer good"
+            return (200 if good else 401), {}, b'{"name": "me", "type": "user"}'
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             repo, revision, name = match[1], match[2] or "main", None
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -74,6 +104,16 @@ def serving(hub):
                 self.wfile.write(body)
 
         do_HEAD = do_GET
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            status, content = hub.take(self.path.split("?")[0], self.headers, body)
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass

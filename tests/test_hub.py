@@ -295,3 +295,40 @@ def test_the_commands_take_it(hub, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ddim-jax", "info", "org/pipeline", "--variant", "fp16"])
     main()
     assert "repository: org/pipeline" in capsys.readouterr().out
+
+
+def test_export_puts_it_on_the_hub(hub, monkeypatch, capsys, tmp_path):
+    from ddim_jax.cli import main
+
+    def export(*words):
+        monkeypatch.setattr(sys, "argv", ["ddim-jax", "export", "digits", *words])
+        try:
+            main()
+        except SystemExit as stopped:
+            return str(stopped)
+        return capsys.readouterr().out
+
+    assert "there is no token: give" in export("a", "--diffusers", "--push", "me/digits")
+    monkeypatch.setenv("HF_TOKEN", "bad")
+    assert "cannot write to me/digits" in export("a", "--diffusers", "--push", "me/digits")
+    monkeypatch.setenv("HF_TOKEN", "good")
+    hub.repositories["me/full"] = {
+        "model_index.json": b"-",
+        "README.md": b"-",
+        ".gitattributes": b"",
+    }
+    says = "me/full on the Hub holds model_index.json; choose another name, or pass --overwrite"
+    assert says in export("a", "--diffusers", "--push", "me/full")
+    assert "--private is for --push" in export("a", "--diffusers", "--private")
+    assert "not for a whole sampler" in export("a.stablehlo", "--push", "me/digits")
+    assert not (tmp_path / "a").exists()
+
+    said = export("a", "--diffusers", "--push", "me/digits", "--private")
+    assert "me/digits: ddim-jax sample me/digits" in said
+    assert hub.visibility == {"me/digits": "private"}
+    assert_same(load_model("me/digits").params, load_model("digits").params)
+    said = export("a.safetensors", "--push", "me/full", "--overwrite")
+    assert sorted(hub.repositories["me/full"]) == [
+        *(".gitattributes", "README.md", "a.safetensors", "model_index.json")
+    ]
+    assert load_model("me/full").image_shape == (8, 8, 1)

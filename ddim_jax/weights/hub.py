@@ -11,9 +11,10 @@ import os
 import pathlib
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+from ddim_jax.weights.containers import few
 from ddim_jax.weights.diffusers_files import read_index
 from ddim_jax.weights.hub_files import FILES, needed
 
@@ -106,6 +107,58 @@ def fetch(
     return Fetched(snapshot / need.model, {"hub": facts})
 
 
+def check_push(repo: str, names: Collection[str], overwrite: bool = False) -> None:
+    """Whether `push` may write there, before any long work.
+
+    Args:
+      repo: "org/name".
+      names: of the files to come.
+      overwrite: replace files of these names, and add to a repository that holds others.
+
+    Raises:
+      FileExistsError: the repository holds files, and `overwrite` is False.
+      PermissionError: there is no token, or it is not a good one.
+    """
+    hub = _package(repo)
+    try:
+        with _plainly(hub, repo, None):
+            hub.HfApi().whoami()
+    except PermissionError as error:
+        raise PermissionError(f"cannot write to {repo}: {error}") from error
+    try:
+        with _plainly(hub, repo, None):
+            files = hub.HfApi().model_info(repo).siblings or []
+            there = {file.rfilename for file in files} - {".gitattributes"}
+    except FileNotFoundError:
+        return
+    if there and not overwrite:
+        same = sorted(there & {*names}) or sorted(there)
+        raise FileExistsError(
+            f"{repo} on the Hub holds {few(same)}; choose another name, or pass --overwrite"
+        )
+
+
+def push(path: pathlib.Path, repo: str, private: bool = False) -> str:
+    """Puts a folder's files, or one file, into a repository of the Hub, made if there is none.
+
+    Args:
+      path: the folder or file.
+      repo: "org/name"; see `check_push`.
+      private: of a new one; else as the account has it, which is mostly public.
+
+    Returns:
+      Its address.
+    """
+    api = _package(repo).HfApi()
+    with _plainly(_package(repo), repo, None):
+        address = api.create_repo(repo, private=private or None, exist_ok=True)
+        if path.is_dir():
+            api.upload_folder(repo_id=repo, folder_path=path)
+        else:
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repo)
+    return str(address)
+
+
 def _listed(
     hub: Any, repo: str, token: str | bool | None, where: dict[str, Any]
 ) -> tuple[list[str], str]:
@@ -149,6 +202,8 @@ def _plainly(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
             f"no model {repo!r}: there is no such file or folder here, and on the Hub none of that "
             f"name that is public or yours; for a private one {login}"
         ) from error
+    except hub.errors.LocalTokenNotFoundError as error:
+        raise PermissionError(f"there is no token: {login}") from error
     except hub.errors.LocalEntryNotFoundError as error:
         raise ConnectionError(_first_line(error)) from error
     except hub.errors.EntryNotFoundError as error:
