@@ -288,47 +288,47 @@ def test_not_reached_and_not_in_the_cache(hub, monkeypatch):
         load_model("org/a")
 
 
-def test_the_commands_take_it(hub, monkeypatch, capsys):
-    from ddim_jax.cli import main
+def test_the_commands_take_it(hub, capsys):
+    from ddim_jax.cli.info import info
+    from ddim_jax.cli.options import Source
 
     hub.repositories["org/pipeline"] = repository()
-    monkeypatch.setattr(sys, "argv", ["ddim-jax", "info", "org/pipeline", "--variant", "fp16"])
-    main()
+    source = Source(variant="fp16", revision="v1", ignore=None)
+    info("org/pipeline", source)
     assert "repository: org/pipeline" in capsys.readouterr().out
+    assert source.words() == ["--variant", "fp16", "--revision", "v1"]
 
 
 def test_export_puts_it_on_the_hub(hub, monkeypatch, capsys, tmp_path):
-    from ddim_jax.cli import main
+    from ddim_jax.cli.export import Program, export
+    from ddim_jax.cli.options import Source
 
-    def export(*words):
-        monkeypatch.setattr(sys, "argv", ["ddim-jax", "export", "digits", *words])
-        try:
-            main()
-        except SystemExit as stopped:
-            return str(stopped)
+    def run(out, **options):
+        export("digits", tmp_path / out, Source(), Program(), **options)
         return capsys.readouterr().out
 
-    assert "there is no token: give" in export("a", "--diffusers", "--push", "me/digits")
+    new = {"diffusers": True, "push": "me/digits"}
+    full = {"model_index.json": b"-", "README.md": b"-", ".gitattributes": b""}
+    hub.repositories["me/full"] = full
+    with pytest.raises(PermissionError, match="cannot write to me/digits: there is no token: give"):
+        run("a", **new)
     monkeypatch.setenv("HF_TOKEN", "bad")
-    assert "cannot write to me/digits" in export("a", "--diffusers", "--push", "me/digits")
+    with pytest.raises(
+        PermissionError, match=r"cannot write to me/digits: .*\(401\): give a token"
+    ):
+        run("a", **new)
     monkeypatch.setenv("HF_TOKEN", "good")
-    hub.repositories["me/full"] = {
-        "model_index.json": b"-",
-        "README.md": b"-",
-        ".gitattributes": b"",
-    }
-    says = "me/full on the Hub holds model_index.json; choose another name, or pass --overwrite"
-    assert says in export("a", "--diffusers", "--push", "me/full")
-    assert "--private is for --push" in export("a", "--diffusers", "--private")
-    assert "not for a whole sampler" in export("a.stablehlo", "--push", "me/digits")
+    with pytest.raises(FileExistsError, match="me/full on the Hub holds model_index.json; choose"):
+        run("a", diffusers=True, push="me/full")
+    with pytest.raises(ValueError, match="--private is for --push"):
+        run("a", diffusers=True, private=True)
+    with pytest.raises(ValueError, match="not for a whole sampler"):
+        run("a.stablehlo", push="me/digits")
     assert not (tmp_path / "a").exists()
 
-    said = export("a", "--diffusers", "--push", "me/digits", "--private")
-    assert "me/digits: ddim-jax sample me/digits" in said
+    assert "me/digits: ddim-jax sample me/digits" in run("a", **new, private=True)
     assert hub.visibility == {"me/digits": "private"}
     assert_same(load_model("me/digits").params, load_model("digits").params)
-    said = export("a.safetensors", "--push", "me/full", "--overwrite")
-    assert sorted(hub.repositories["me/full"]) == [
-        *(".gitattributes", "README.md", "a.safetensors", "model_index.json")
-    ]
+    run("a.safetensors", push="me/full", overwrite=True)
+    assert hub.repositories["me/full"].keys() == {*full, "a.safetensors"}
     assert load_model("me/full").image_shape == (8, 8, 1)
