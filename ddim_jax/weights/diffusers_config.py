@@ -178,6 +178,7 @@ def _fields(said: Mapping[str, Any], side: int, no_label: bool) -> dict[str, Any
     )
     scale_shift = said["resnet_time_scale_shift"] == "scale_shift"
     middle = "attention" if said["add_attention"] else "plain"
+    middle = "none" if said["mid_block_type"] is None else middle
     middle_groups = said["attn_norm_num_groups"] or (0 if scale_shift else groups)
     labels = said["num_class_embeds"] if kind is None else None
     act = said["act_fn"].lower()
@@ -200,9 +201,9 @@ def _fields(said: Mapping[str, Any], side: int, no_label: bool) -> dict[str, Any
         "activation": "swish" if act == "silu" else act,
         "scale_shift": scale_shift,
         "head_width": said["attention_head_dim"],
-        "middle": "none" if said["mid_block_type"] is None else middle,
+        "middle": middle,
         "middle_scale": said["mid_block_scale_factor"],
-        "middle_norm_groups": _unless(groups, middle_groups),
+        "middle_norm_groups": _unless(groups, middle_groups) if middle == "attention" else None,
         "resample_down": resample_down,
         "resample_up": resample_up,
         "downsample_padding": (1, 1) if said["downsample_padding"] else (0, 1),
