@@ -15,13 +15,9 @@ from ddim_jax.networks import unet
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights import load_model, save_diffusers, to_facts
-from ddim_jax.weights.diffusers_config import (
-    schedule_config,
-    scheduler_settings,
-    unet_config,
-    unet_settings,
-)
+from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.diffusers_format import diffusers_name
+from ddim_jax.weights.diffusers_scheduler import schedule_config, scheduler_settings
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY

@@ -20,21 +20,17 @@ from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights.containers import find_state
-from ddim_jax.weights.diffusers_config import (
-    schedule_config,
-    scheduler_settings,
-    unet_config,
-    unet_settings,
-)
+from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.diffusers_files import STEM, choose, read_tensors, weights_file
+from ddim_jax.weights.diffusers_scheduler import (
+    sampling_facts,
+    schedule_config,
+    whole_scheduler,
+)
 from ddim_jax.weights.state_dict import from_state_dict, to_state_dict
 
 FACTS = "ddim_jax_facts"  # in the header of the weights that we write
 
-SAMPLING = (
-    *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio"),
-    *("sample_max_value", "set_alpha_to_one", "steps_offset", "timestep_spacing"),
-)
 RENAMES = [
     (r"^down\.", "down_blocks."),
     (r"\.(down|up)sample\.(block\.|)", r".\1samplers.0."),
@@ -132,11 +128,9 @@ def read_diffusers(
         if (parent / "scheduler_config.json").is_file():
             scheduler = read_json(parent / "scheduler_config.json")
             schedule, prediction = schedule_config(scheduler)
-            clipped = scheduler["_class_name"] != "PNDMScheduler"  # diffusers' default
-            facts["sampling"] = {
-                "clip_sample": clipped,
-                **{name: scheduler[name] for name in SAMPLING if name in scheduler},
-            }
+            index = beside / "model_index.json"
+            pipeline = read_json(index).get("_class_name") if index.is_file() else None
+            facts["sampling"] = sampling_facts(scheduler, pipeline)
             return Contents(params, config, schedule, prediction, facts)
     return Contents(params, config, None, "eps", facts)
 
@@ -158,7 +152,7 @@ def write_diffusers(
       schedule: the noise schedule.
       prediction: "eps", "x_0" or "v".
       facts: provenance, kept in the header of the weights; "sampling" in it, as `read_diffusers`
-        gives it, goes to the scheduler.
+        gives it, goes to the scheduler; else that is `DDIMScheduler` without clipping.
 
     Raises:
       FileExistsError: the folder holds something.
@@ -171,15 +165,10 @@ def write_diffusers(
         diffusers_name(name, config): array[:, :, 0, 0] if _is_linear(name) else array
         for name, array in to_state_dict(params).items()
     }
-    scheduler = {
-        **{"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": True},
-        **{"steps_offset": 0, "timestep_spacing": "leading", "trained_betas": None},
-        **{name: value for name, value in facts.get("sampling", {}).items() if name in SAMPLING},
-        **scheduler_settings(schedule, prediction),
-    }
+    pipeline, scheduler = whole_scheduler(facts.get("sampling"), schedule, prediction)
     index = {
-        "_class_name": "DDIMPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DModel"],
     }
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
