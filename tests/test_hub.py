@@ -135,12 +135,12 @@ def text(content):
     return json.dumps(content).encode()
 
 
-def repository(inner="unet/", beside="scheduler/", state=THEIRS, settings=None):
+def repository(inner="unet/", beside="scheduler/", settings=None, scheduler=SCHEDULER):
     return {
         **{"README.md": b"-", "model_index.json": b"{}", "images/0.png": b"-"},
         f"{inner}config.json": text(settings or unet_settings(TINY)),
-        f"{beside}scheduler_config.json": text(SCHEDULER),
-        f"{inner}{STEM}.safetensors": safetensors.numpy.save(state),
+        f"{beside}scheduler_config.json": text(scheduler),
+        f"{inner}{STEM}.safetensors": safetensors.numpy.save(THEIRS),
         f"{inner}{STEM}.bin": b"not read",
         f"{inner}{STEM}.fp16.safetensors": safetensors.numpy.save(THEIR_EMA),
     }
@@ -236,7 +236,16 @@ def test_settings_are_refused_before_the_weights_are_fetched(hub):
     hub.repositories["org/text"] = repository(settings=settings)
     with pytest.raises(ValueError, match="org/text on the Hub: .*UNet2DConditionModel"):
         load_model("org/text")
-    assert hub.downloaded == ["unet/config.json"]
+    assert not [file for file in hub.downloaded if STEM in file]
+    latent = {"vqvae": ["diffusers", "VQModel"], "unet": ["diffusers", "UNet2DModel"]}
+    hub.repositories["org/latent"] = {**repository(), "model_index.json": text(latent)}
+    with pytest.raises(ValueError, match="a pipeline that needs vqvae too.*--subfolder unet"):
+        load_model("org/latent")
+    hub.repositories["org/flow"] = repository(scheduler={"_class_name": "FlowMatchEuler"})
+    with pytest.raises(ValueError, match="org/flow on the Hub: .*_class_name is 'FlowMatchEuler'"):
+        load_model("org/flow")
+    assert not [file for file in hub.downloaded if STEM in file]
+    assert load_model("org/latent", subfolder="unet").config == TINY
 
 
 REFUSED = {

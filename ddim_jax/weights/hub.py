@@ -59,7 +59,7 @@ def fetch(
       revision: a branch, tag or commit; by default the main branch.
       token: see huggingface_hub; by default the one of HF_TOKEN or of `hf auth login`.
       cache_dir: see huggingface_hub.
-      check: is called with the folder of config.json before the weights are downloaded.
+      check: is called with the path of a diffusers model before its weights are downloaded.
 
     Returns:
       `Fetched`.
@@ -88,9 +88,9 @@ def fetch(
             raise FileNotFoundError("it is not there")
         need = needed(names, **asked)
         for name in need.settings:
-            config = get(name)
-            if config.name == "config.json":
-                check(config.parent)
+            snapshot = get(name).parents[name.count("/")]
+        if need.settings:
+            check(snapshot / need.model)
         weights = get(need.weights)
         for shard in read_index(weights) if need.shards else ():
             if get(need.weights.replace(weights.name, shard)).parent != weights.parent:
