@@ -14,7 +14,7 @@ import ddim_jax as ddim
 from ddim_jax.networks import unet
 from ddim_jax.process import ScheduleConfig
 from ddim_jax.weights import load_model, save_model, to_facts
-from ddim_jax.weights.diffusers_config import unet_settings
+from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.hub import is_hub_name
 from ddim_jax.weights.hub_files import Needed, needed
 from ddim_jax.weights.state_dict import from_state_dict
@@ -341,3 +341,53 @@ def test_export_puts_it_on_the_hub(hub, monkeypatch, capsys, tmp_path):
     run("a.safetensors", push="me/full", overwrite=True)
     assert hub.repositories["me/full"].keys() == {*full, "a.safetensors"}
     assert load_model("me/full").image_shape == (8, 8, 1)
+
+
+# Public models: their published config.json, in what differs from diffusers' defaults.
+
+HO = {
+    **{"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False},
+    **{"freq_shift": 1, "norm_eps": 1e-6},
+}
+SIX = {
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+}
+COURSE = {
+    "block_out_channels": [64, 128, 128, 256],
+    "down_block_types": [*["DownBlock2D"] * 2, *["AttnDownBlock2D"] * 2],
+    "up_block_types": [*["AttnUpBlock2D"] * 2, *["UpBlock2D"] * 2],
+}
+THREE = {
+    **{"block_out_channels": [32, 64, 64], "in_channels": 1, "out_channels": 1},
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 2],
+    "up_block_types": [*["AttnUpBlock2D"] * 2, "UpBlock2D"],
+}
+PUBLISHED = {
+    "google/ddpm-church-256": {**HO, **SIX, "sample_size": 256},
+    "google/ddpm-celebahq-256": {**HO, **SIX, "sample_size": 256},
+    "johnowhitaker/ddpm-butterflies-32px": {**COURSE, "sample_size": 32},
+    "nathanReitinger/FASHION-diffusion-oneImage": {**THREE, "sample_size": 28},
+}
+NCSNPP = {
+    **{"time_embedding_type": "fourier", "norm_num_groups": None, "center_input_sample": True},
+    **{"mid_block_scale_factor": 1.41421356237, "sample_size": 256, "attention_head_dim": None},
+    "block_out_channels": [128, 128, *[256] * 5],
+    "down_block_types": [*["SkipDownBlock2D"] * 4, "AttnSkipDownBlock2D", *["SkipDownBlock2D"] * 2],
+    "up_block_types": [*["SkipUpBlock2D"] * 2, "AttnSkipUpBlock2D", *["SkipUpBlock2D"] * 4],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_of_public_models(name):
+    settings = PUBLISHED[name]
+    config = unet_config({"_class_name": "UNet2DModel", **settings})
+    assert config.image_shape[0] == settings["sample_size"]
+    assert config.widths == tuple(settings["block_out_channels"])
+
+
+def test_networks_of_other_processes_are_named():
+    """google/ncsnpp-church-256, of the variance-exploding process."""
+    with pytest.raises(ValueError, match="fourier.*variance-exploding"):
+        unet_config({"_class_name": "UNet2DModel", **NCSNPP})
