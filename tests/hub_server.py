@@ -38,7 +38,7 @@ class Hub:
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
             self.visibility[repo] = asked.get("visibility")
-            return (409 if repo in self.repositories else 200), {"url": f"http://127.0.0.1/{repo}"}
+            return (409 if repo in self.repositories else 200), {"url": f"{self.address}/{repo}"}
         repo, action = re.fullmatch(
             r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path
         ).groups()
@@ -52,7 +52,7 @@ class Hub:
             if line["key"] == "file":
                 data = base64.b64decode(line["value"]["content"])
                 self.repositories.setdefault(repo, {})[line["value"]["path"]] = data
-        address = f"http://127.0.0.1/{repo}/commit/{COMMIT}"
+        address = f"{self.address}/{repo}/commit/{COMMIT}"
         return 200, {"commitOid": COMMIT, "commitUrl": address}
 
     def answer(self, method, path, headers):
@@ -123,7 +123,8 @@ def serving(hub):
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        yield hub.address
     finally:
         server.shutdown()
         server.server_close()
