@@ -37,8 +37,12 @@ class Hub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
-            self.visibility[repo] = asked.get("visibility")
-            return (409 if repo in self.repositories else 200), {"url": f"{self.address}/{repo}"}
+            there = repo in self.repositories
+            if not there:
+                self.repositories[repo] = {}
+                private = asked.get("private") or asked.get("visibility") == "private"
+                self.visibility[repo] = "private" if private else "public"
+            return (409 if there else 200), {"url": f"{self.address}/{repo}"}
         repo, action = re.fullmatch(
             r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path
         ).groups()
@@ -51,7 +55,7 @@ class Hub:
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 data = base64.b64decode(line["value"]["content"])
-                self.repositories.setdefault(repo, {})[line["value"]["path"]] = data
+                self.repositories[repo][line["value"]["path"]] = data
         address = f"{self.address}/{repo}/commit/{COMMIT}"
         return 200, {"commitOid": COMMIT, "commitUrl": address}
 
