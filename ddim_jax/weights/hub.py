@@ -6,26 +6,17 @@ has it: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT and the rest of its varia
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
-from ddim_jax.weights.diffusers_files import WeightsFile, choose, read_index, weights_file
-
-FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-SCHEDULERS = ("scheduler/scheduler_config.json", "scheduler_config.json")
-
-
-class Needed(NamedTuple):
-    """What of a repository is to be downloaded."""
-
-    model: str  # the folder, or the file, that is the model
-    settings: list[str]  # small files that it needs
-    weights: str
-    shards: WeightsFile | None = None  # the weights, where they are an index
+from ddim_jax.weights.containers import few
+from ddim_jax.weights.diffusers_files import read_index
+from ddim_jax.weights.hub_files import FILES, needed
 
 
 class Fetched(NamedTuple):
@@ -45,85 +36,6 @@ def is_hub_name(source: object) -> bool:
     if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return False
     return not source.endswith(FILES) and not os.path.exists(source)
-
-
-def needed(
-    names: Collection[str],
-    subfolder: str | None = None,
-    filename: str | None = None,
-    variant: str | None = None,
-) -> Needed:
-    """The files of a repository that one model needs.
-
-    Args:
-      names: of all its files.
-      subfolder: where in it to look.
-      filename: the file that is the model; else a diffusers folder (with unet/ in it, or itself
-        one), or the only .safetensors file, or the only checkpoint of PyTorch.
-      variant: of the weights of a diffusers folder.
-
-    Returns:
-      `Needed`.
-
-    Raises:
-      FileNotFoundError: it has no such file or folder, or no model.
-      ValueError: it has several.
-
-    Example:
-      >>> needed(
-      ...     [
-      ...         "README.md",
-      ...         "unet/config.json",
-      ...         "unet/diffusion_pytorch_model.bin",
-      ...         "unet/diffusion_pytorch_model.safetensors",
-      ...         "scheduler/scheduler_config.json",
-      ...     ]
-      ... )
-      Needed(model='', settings=['unet/config.json', 'scheduler/scheduler_config.json'],
-             weights='unet/diffusion_pytorch_model.safetensors', shards=None)
-    """
-    root = f"{subfolder.strip('/')}/" if subfolder else ""
-    beside = sorted(name.removeprefix(root) for name in names if name.startswith(root))
-    if not beside:
-        raise FileNotFoundError(f"it has no folder {root!r}; it has {_few(names)}")
-    if filename is not None:
-        if filename not in beside:
-            raise FileNotFoundError(f"it has no file {root + filename!r}; it has {_few(names)}")
-        folder, _, file = filename.rpartition("/")
-        if weights_file(file) is None or f"{folder}/config.json".lstrip("/") not in beside:
-            return Needed(root + filename, [], root + filename)
-        inner = f"{root}{folder}/" if folder else root
-        return _diffusers(names, inner, [file], variant, root + filename)
-    for inner in ("unet/", ""):
-        files = [n.removeprefix(inner) for n in beside if n.startswith(inner)]
-        if "config.json" in files and any(weights_file(name) for name in files):
-            files = [name for name in files if "/" not in name]
-            return _diffusers(names, root + inner, files, variant, root)
-    for ends in (".safetensors", FILES[1:]):
-        found = [name for name in beside if name.endswith(ends) and "/" not in name]
-        if len(found) == 1:
-            return Needed(root + found[0], [], root + found[0])
-        if found:
-            raise ValueError(
-                f"it has {len(found)} files of weights: choose one of {_few(found)} by "
-                f"filename={found[0]!r}, or --filename {found[0]}"
-            )
-    raise FileNotFoundError(
-        f"it has no model that is read here: no unet/config.json or config.json with weights "
-        f"beside, and no file {', '.join(FILES)}; it has {_few(names)}"
-    )
-
-
-def _diffusers(
-    names: Collection[str], inner: str, files: list[str], variant: str | None, model: str
-) -> Needed:
-    """A `UNet2DModel` in the folder `inner`, its weights one of `files`."""
-    chosen = choose(files, variant)
-    outer = re.sub(r"(^|/)unet/$", r"\1", inner)
-    settings = [f"{inner}config.json", *(outer + name for name in SCHEDULERS)]
-    settings += [f"{inner}scheduler_config.json", f"{outer}model_index.json"]
-    kept = [name for name in dict.fromkeys(settings) if name in names]
-    return Needed(model, kept, inner + chosen.name, chosen if chosen.is_index else None)
 
 
 def fetch(
@@ -147,7 +59,7 @@ def fetch(
       revision: a branch, tag or commit; by default the main branch.
       token: see huggingface_hub; by default the one of HF_TOKEN or of `hf auth login`.
       cache_dir: see huggingface_hub.
-      check: is called with the folder of config.json before the weights are downloaded.
+      check: is called with the path of a diffusers model before its weights are downloaded.
 
     Returns:
       `Fetched`.
@@ -163,65 +75,104 @@ def fetch(
     where = {"revision": revision, "cache_dir": cache_dir}
     asked = {"subfolder": subfolder, "filename": filename, "variant": variant}
     names, offline = _listed(hub, repo, token, where)
+
+    def get(name: str) -> pathlib.Path:
+        with _plainly(hub, repo, revision):
+            path = hub.hf_hub_download(
+                repo, name, token=token, local_files_only=bool(offline), **where
+            )
+            return pathlib.Path(path)
+
     try:
         if offline and not names:
-            raise FileNotFoundError("the cache does not have it")
+            raise FileNotFoundError("it is not there")
         need = needed(names, **asked)
-        get = lambda name: _download(hub, repo, name, token, where, bool(offline))  # noqa: E731
         for name in need.settings:
-            config = get(name)
-            if config.name == "config.json":
-                check(config.parent)
+            snapshot = get(name).parents[name.count("/")]
+        if need.settings:
+            check(snapshot / need.model)
         weights = get(need.weights)
-        snapshot = weights.parents[need.weights.count("/")]
         for shard in read_index(weights) if need.shards else ():
             if get(need.weights.replace(weights.name, shard)).parent != weights.parent:
                 raise ValueError("it was changed meanwhile: begin again")
-    except (FileNotFoundError, ValueError) as error:
-        if isinstance(error, FileNotFoundError) and offline:
-            raise ConnectionError(_unreachable(hub, repo, asked, where, offline, error)) from error
-        raise type(error)(f"{repo} on the Hub: {error}") from error
-    facts = {"repository": repo, "commit": snapshot.name}
-    return Fetched(snapshot / need.model, {"hub": facts | {"file": need.weights}})
+    except ValueError as error:
+        raise ValueError(f"{repo} on the Hub: {error}") from error
+    except (FileNotFoundError, ConnectionError) as error:
+        if not offline and isinstance(error, FileNotFoundError):
+            said = f"{error}" if repo in f"{error}" else f"{repo} on the Hub: {error}"
+            raise FileNotFoundError(said) from error
+        cause = offline or "in the middle of it"
+        raise ConnectionError(_unreachable(hub, repo, asked, where, cause, error)) from error
+    snapshot = weights.parents[need.weights.count("/")]
+    facts = {"repository": repo, "commit": snapshot.name, "file": need.weights}
+    return Fetched(snapshot / need.model, {"hub": facts})
+
+
+def check_push(repo: str, names: Collection[str], overwrite: bool = False) -> None:
+    """Whether `push` may write there, before any long work.
+
+    Args:
+      repo: "org/name".
+      names: of the files to come.
+      overwrite: replace files of these names, and add to a repository that holds others.
+
+    Raises:
+      FileExistsError: the repository holds files, and `overwrite` is False.
+      PermissionError: there is no token, or it is not a good one.
+    """
+    hub = _package(repo)
+    try:
+        with _plainly(hub, repo, None):
+            hub.HfApi().whoami()
+    except PermissionError as error:
+        raise PermissionError(f"cannot write to {repo}: {error}") from error
+    try:
+        with _plainly(hub, repo, None):
+            files = hub.HfApi().model_info(repo).siblings or []
+            there = {file.rfilename for file in files} - {".gitattributes"}
+    except FileNotFoundError:
+        return
+    if there and not overwrite:
+        same = sorted(there & {*names}) or sorted(there)
+        raise FileExistsError(
+            f"{repo} on the Hub holds {few(same)}; choose another name, or pass --overwrite"
+        )
+
+
+def push(path: pathlib.Path, repo: str, private: bool = False) -> str:
+    """Puts a folder's files, or one file, into a repository of the Hub, made if there is none.
+
+    Args:
+      path: the folder or file.
+      repo: "org/name"; see `check_push`.
+      private: of a new one; else as the account has it, which is mostly public.
+
+    Returns:
+      Its address.
+    """
+    api = _package(repo).HfApi()
+    with _plainly(_package(repo), repo, None):
+        address = api.create_repo(repo, private=private or None, exist_ok=True)
+        if path.is_dir():
+            api.upload_folder(repo_id=repo, folder_path=path)
+        else:
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repo)
+    return str(address)
 
 
 def _listed(
     hub: Any, repo: str, token: str | bool | None, where: dict[str, Any]
 ) -> tuple[list[str], str]:
     """(names of the files, ""), or what the cache has of them and why the Hub was not asked."""
-    revision = where["revision"]
     try:
-        info = hub.HfApi().model_info(
-            repo, revision=revision, token=token, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT
-        )
-        return [file.rfilename for file in info.siblings or []], ""
-    except hub.errors.HFValidationError as error:
-        raise ValueError(
-            f"{repo!r} is neither a path here nor a name of the Hub: {error}"
-        ) from None
-    except hub.errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, and give a token "
-            "of yours as HF_TOKEN, by `hf auth login`, or as token="
-        ) from error
-    except hub.errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo} on the Hub has no revision {revision!r}") from error
-    except hub.errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"no model {repo!r}: there is no such file or folder here, and on the Hub none of that "
-            "name that is public or yours. A private one needs a token of yours: HF_TOKEN, "
-            "`hf auth login`, or token="
-        ) from error
-    except hub.errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
-        if status in (401, 403):
-            raise PermissionError(
-                f"the Hub refuses {repo} to this token ({status}): give another as HF_TOKEN, by "
-                "`hf auth login`, or as token="
-            ) from error
-        reason = f"it answers {status}"
-    except Exception as error:  # of whichever HTTP library it uses
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with _plainly(hub, repo, where["revision"]):
+            timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
+            info = hub.HfApi().model_info(
+                repo, revision=where["revision"], token=token, timeout=timeout
+            )
+            return [file.rfilename for file in info.siblings or []], ""
+    except ConnectionError as error:
+        reason = str(error)
     try:
         folder = pathlib.Path(
             hub.snapshot_download(repo, **where, local_files_only=True, allow_patterns=["/none"])
@@ -231,14 +182,47 @@ def _listed(
     return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()], reason
 
 
-def _download(
-    hub: Any, repo: str, name: str, token: str | bool | None, where: dict[str, Any], offline: bool
-) -> pathlib.Path:
+@contextlib.contextmanager
+def _plainly(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
+    """What the package raises, as errors of Python that say what to do."""
+    login = "give a token that may: HF_TOKEN, `hf auth login`, or token="
     try:
-        path = hub.hf_hub_download(repo, name, token=token, local_files_only=offline, **where)
+        yield
+    except hub.errors.HFValidationError as error:
+        raise ValueError(
+            f"{repo!r} is neither a path here nor a name of the Hub: {error}"
+        ) from None
+    except hub.errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, and {login}"
+        ) from error
+    except hub.errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo} on the Hub has no revision {revision!r}") from error
+    except hub.errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no model {repo!r}: there is no such file or folder here, and on the Hub none of that "
+            f"name that is public or yours; for a private one {login}"
+        ) from error
+    except hub.errors.LocalTokenNotFoundError as error:
+        raise PermissionError(f"there is no token: {login}") from error
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(_first_line(error)) from error
     except hub.errors.EntryNotFoundError as error:
-        raise FileNotFoundError(f"it has no {name!r} now: {error}") from error
-    return pathlib.Path(path)
+        raise FileNotFoundError(f"a file of it is gone: {_first_line(error)}") from error
+    except Exception as error:  # of the HTTP library that it uses, which one depends on its version
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise PermissionError(f"the Hub refuses {repo} ({status}): {login}") from error
+        if status is not None:
+            raise ConnectionError(f"it answers {status}") from error
+        if isinstance(error, OSError) and error.errno is not None and "onnect" not in repr(error):
+            raise  # of this machine's files
+        raise ConnectionError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 160 else f"{line[:160]}…"
 
 
 def _unreachable(
@@ -280,8 +264,3 @@ def _package(repo: str) -> Any:
             "huggingface_hub)"
         ) from error
     return huggingface_hub
-
-
-def _few(names: Collection[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:8]) + (", …" if len(ordered) > 8 else "")

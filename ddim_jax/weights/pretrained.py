@@ -114,7 +114,7 @@ def load_model(
     kind, leave = _kind(path), [ignore] if isinstance(ignore, str) else list(ignore)
     for given, name, kinds in (
         (step is not None, f"step={step}", ("run folder",)),
-        (not ema, "ema=False", ("run folder", *FOREIGN)),
+        (not ema, "ema=False", ("run folder", "diffusers folder", *FOREIGN)),
         (image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
         (part is not None, f"part={part!r}", FOREIGN),
         (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
@@ -129,7 +129,7 @@ def load_model(
             stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
         elif kind == "diffusers folder":
             folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-            stored = read_diffusers(folder, variant, file, leave, image_size)
+            stored = read_diffusers(folder, variant, file, leave, image_size, ema)
         elif kind in FOREIGN:
             stored = _read_foreign(path, kind == FOREIGN[0], (ema, part, leave), config, image_size)
         else:
