@@ -329,8 +329,10 @@ def test_broken_folders(tmp_path):
     with pytest.raises(ValueError, match="empty is a folder, but not a run .* no config.json"):
         load_model(tmp_path / "empty")
     folder = write_folder(tmp_path / "none", weights=False)
-    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="neither .*safetensors nor .*bin; it has config.json, "):
+    with pytest.raises(
+        ValueError,
+        match="none: it has neither .*safetensors nor .*bin, nor .*; it has config.json, ",
+    ):
         load_model(folder)
     (folder / "config.json").write_text("{" * 100_000)
     with pytest.raises(ValueError, match="config.json is missing or not JSON"):

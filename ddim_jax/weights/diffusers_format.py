@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +25,10 @@ from ddim_jax.weights.diffusers_config import (
     unet_config,
     unet_settings,
 )
-from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, to_state_dict
-from ddim_jax.weights.torch_files import load_torch
+from ddim_jax.weights.containers import find_state
+from ddim_jax.weights.diffusers_files import STEM, choose, read_tensors, weights_file
+from ddim_jax.weights.state_dict import from_state_dict, to_state_dict
 
-WEIGHTS = "diffusion_pytorch_model"
 FACTS = "ddim_jax_facts"  # in the header of the weights that we write
 
 SAMPLING = (
@@ -68,15 +68,23 @@ class Contents(NamedTuple):
 
 def is_diffusers_weights(path: pathlib.Path) -> bool:
     """Whether it is the weights file of a folder that `read_diffusers` takes."""
-    return path.stem == WEIGHTS and (path.parent / "config.json").is_file()
+    return weights_file(path.name) is not None and (path.parent / "config.json").is_file()
 
 
-def read_diffusers(folder: pathlib.Path) -> Contents:
+def read_diffusers(
+    folder: pathlib.Path,
+    variant: str | None = None,
+    name: str | None = None,
+    ignore: Collection[str] = (),
+) -> Contents:
     """Reads a `UNet2DModel` folder, or a pipeline folder with unet/ and scheduler/ in it.
 
     Args:
-      folder: holds config.json and diffusion_pytorch_model.safetensors (or .bin), itself or in
-        unet/; scheduler_config.json beside them or in scheduler/.
+      folder: holds config.json and the weights (see `diffusers_files`), itself or in unet/;
+        scheduler_config.json beside them or in scheduler/.
+      variant: of the weights, "fp16" for one; without it the plain ones, or the only variant.
+      name: the very file of weights, in place of that choice.
+      ignore: names of tensors to leave out.
 
     Returns:
       `Contents`; the facts hold the scheduler's settings for sampling, "clip_sample" for one.
@@ -91,8 +99,8 @@ def read_diffusers(folder: pathlib.Path) -> Contents:
             f"{folder} is a folder, but not a run (it has no checkpoints/ in it) and not a "
             "diffusers model (it has no config.json)"
         )
-    settings = _read_json(inner / "config.json")
-    state, facts = _read_weights(inner)
+    settings = read_json(inner / "config.json")
+    state, facts = _read_weights(inner, variant, name, ignore)
     num_classes = facts.get("model", {}).get("num_classes")
     config = unet_config(settings, num_classes)
     params = from_state_dict(state, config, lambda name: diffusers_name(name, config))
@@ -100,7 +108,7 @@ def read_diffusers(folder: pathlib.Path) -> Contents:
     beside = folder.absolute().parent if folder.absolute().name == "unet" else folder
     for parent in (folder, beside / "scheduler"):
         if (parent / "scheduler_config.json").is_file():
-            scheduler = _read_json(parent / "scheduler_config.json")
+            scheduler = read_json(parent / "scheduler_config.json")
             schedule, prediction = schedule_config(scheduler)
             clipped = scheduler["_class_name"] != "PNDMScheduler"  # diffusers' default
             facts["sampling"] = {
@@ -162,7 +170,7 @@ def write_diffusers(
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
         header = {"format": "pt", FACTS: json.dumps(dict(facts))}
-        write_safetensors(temporary / "unet" / f"{WEIGHTS}.safetensors", state, header)
+        write_safetensors(temporary / "unet" / f"{STEM}.safetensors", state, header)
         os.replace(temporary, folder)
 
 
@@ -185,7 +193,8 @@ def _is_linear(name: str) -> bool:
     return re.search(r"\.(q|k|v|proj_out)\.weight$", name) is not None
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; ValueError where it is missing, damaged or something else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -195,20 +204,21 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read_weights(
+    folder: pathlib.Path, variant: str | None, name: str | None, ignore: Collection[str]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The weights under today's names, and the facts where we wrote them."""
-    facts: dict[str, Any] = {}
-    if (folder / f"{WEIGHTS}.safetensors").is_file():
-        state, header = read_safetensors(folder / f"{WEIGHTS}.safetensors")
-        facts = dict(json.loads(header.get(FACTS, "{}")))
-    elif (folder / f"{WEIGHTS}.bin").is_file():
-        state, _ = from_checkpoint(load_torch(folder / f"{WEIGHTS}.bin"))
-    else:
-        found = sorted(path.name for path in folder.iterdir())
-        raise ValueError(
-            f"{folder} has neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin; it has "
-            f"{', '.join(found[:8])} (variants and sharded weights are not read)"
-        )
+    try:
+        file = choose([name] if name else [path.name for path in folder.iterdir()], variant)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    tensors, header = read_tensors(folder, file)
+    state, about = find_state(tensors, ignore=ignore)
+    facts = dict(json.loads(header.get(FACTS, "{}")))
+    if "ignored" in about:
+        facts["ignored"] = about["ignored"]
+    if file.variant is not None:
+        facts["variant"] = file.variant
     for old, new in OLD_ATTENTION.items():
         pattern = rf"(attentions\.\d+)\.{old}\."
         state = {re.sub(pattern, rf"\1.{new}.", name): array for name, array in state.items()}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,20 +15,22 @@ from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
 from ddim_jax.process.prediction import SIGMA_DATA
-from ddim_jax.storage.weights_file import load_weights, save_weights
+from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors, save_weights
+from ddim_jax.weights.containers import find_state
+from ddim_jax.weights.diffusers_config import unet_config
 from ddim_jax.weights.diffusers_format import (
     Contents,
     is_diffusers_weights,
     read_diffusers,
+    read_json,
     write_diffusers,
 )
 from ddim_jax.weights.model import Model, from_facts, to_facts
-from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, infer_config
+from ddim_jax.weights.namings import read_state
 from ddim_jax.weights.torch_files import is_torch_file, load_torch
 
+FOREIGN = ("PyTorch checkpoint", ".safetensors file")
 SHIPPED = pathlib.Path(__file__).parents[1] / "models"
-# As released: ema_diffusion_cifar10_model/model-790000.ckpt, diffusion_cifar10_model-790000.ckpt
-RELEASED = re.compile(r"diffusion_(cifar10|lsun_\w+)_model(/model)?-\d+\.ckpt$")
 
 
 def load_model(
@@ -41,23 +42,34 @@ def load_model(
     image_size: int | tuple[int, int] | None = None,
     schedule: ScheduleConfig | None = None,
     prediction: str | None = None,
+    part: str | None = None,
+    variant: str | None = None,
+    ignore: Collection[str] = (),
 ) -> Model:
     """Load a trained model, whatever wrote it.
 
     Args:
       source: "digits", or with classes "digits-labels", the models that ship with the package; a
         run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
-        (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint of Ho et al.'s network as
-        the DDIM authors name its tensors, a state dict or their training list.
+        (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint or .safetensors file of
+        Ho et al.'s network by the names of the DDIM authors or of diffusers, a state dict or one in
+        the dicts and lists that training programs put it in.
       step: of a run folder, which checkpoint; by default the latest.
-      ema: the moving average, where there is one (run folder, training list); else the weights
+      ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
-      config: the network, in place of the one that is stored or inferred; or the name of a network
-        of the paper, "cifar10", "celeba64" or "lsun256", each with the linear schedule.
-      image_size: of a PyTorch checkpoint, a side or (H, W); the rest of the network is inferred.
+      config: the network, in place of the one that is stored or inferred; or the path of a
+        config.json of diffusers; or the name of a network of the paper, "cifar10", "celeba64" or
+        "lsun256", each with the linear schedule.
+      image_size: of a file with the DDIM authors' names, a side or (H, W); the rest of the network
+        is inferred.
       schedule: the noise schedule, in place of the one that is stored, if any.
       prediction: what the network predicts, "eps", "x_0", "v" or "edm", in place of what is stored;
         "eps" where nothing is.
+      part: of a checkpoint with several networks, the name of one, such as "model" or "ema".
+      variant: of a diffusers folder, such as "fp16"; by default the plain weights, or the only
+        variant.
+      ignore: tensors to leave out that are not the network's, such as ("logvar", "betas"); `*`
+        stands for anything.
 
     Returns:
       A `Model`, its weights on the default device; it knows what it predicts.
@@ -77,30 +89,40 @@ def load_model(
     from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
     path = _find(source)
-    if isinstance(config, str):
+    if isinstance(config, str) and config.endswith(".json"):
+        config = unet_config(read_json(pathlib.Path(config)))
+    elif isinstance(config, str):
         if config not in PAPER:
-            raise ValueError(f"unknown config {config!r}; choose one of {', '.join(PAPER)}")
+            raise ValueError(
+                f"unknown config {config!r}; choose one of {', '.join(PAPER)}, or a config.json"
+            )
         config, schedule = PAPER[config], schedule or ScheduleConfig()
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"{path}: unknown prediction type {prediction!r}; known are {PREDICTIONS}")
-    run = (path / "checkpoints").is_dir()
-    torch = path.is_file() and (path.suffix in (".ckpt", ".pt", ".pth") or is_torch_file(path))
-    if step is not None and not run:
-        raise ValueError(f"step={step} is for run folders, {path} is none")
-    if not ema and not run and not torch:
-        raise ValueError(f"ema=False, but {path} holds one set of weights only")
-    if image_size is not None and (config is not None or not torch):
-        raise ValueError("image_size is for PyTorch checkpoints, in place of config")
+    kind = _kind(path)
+    for given, name, kinds in (
+        (step is not None, f"step={step}", ("run folder",)),
+        (not ema, "ema=False", ("run folder", *FOREIGN)),
+        (image_size is not None, "image_size", FOREIGN),
+        (part is not None, f"part={part!r}", FOREIGN),
+        (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
+        (bool(ignore), f"ignore={ignore!r}", ("diffusers folder", *FOREIGN)),
+    ):
+        if given and kind not in kinds:
+            raise ValueError(f"{name} is for a {' or a '.join(kinds)}, {path} is a {kind}")
+    if image_size is not None and config is not None:
+        raise ValueError("image_size is in place of config: give one of them")
     try:
-        if run:
+        if kind == "run folder":
             stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
-        elif path.is_dir():
-            stored = read_diffusers(path)
-        elif torch:
-            stored = _read_torch(path, ema, config, image_size)
+        elif kind == "diffusers folder":
+            name = None if path.is_dir() else path.name
+            stored = read_diffusers(path if name is None else path.parent, variant, name, ignore)
+        elif kind in FOREIGN:
+            which = (ema, part, [ignore] if isinstance(ignore, str) else ignore)
+            stored = _read_foreign(path, kind == FOREIGN[0], which, config, image_size)
         else:
-            params, facts = load_weights(path)
-            stored = _ours(params, facts)
+            stored = _ours(*load_weights(path))
         config, schedule = config or stored.config, schedule or stored.schedule
         prediction = prediction or stored.prediction
         if prediction not in PREDICTIONS:
@@ -199,7 +221,18 @@ def _find(source: str | os.PathLike[str]) -> pathlib.Path:
             f"no model {str(source)!r}: give a run folder, a diffusers folder, a .safetensors or "
             f"PyTorch file, or the name of a shipped model ({names})"
         )
-    return path.parent if is_diffusers_weights(path) else path
+    return path
+
+
+def _kind(path: pathlib.Path) -> str:
+    """Who reads it, by what lies there."""
+    if path.is_dir():
+        return "run folder" if (path / "checkpoints").is_dir() else "diffusers folder"
+    if is_diffusers_weights(path):
+        return "diffusers folder"
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin") or is_torch_file(path):
+        return FOREIGN[0]
+    return "file of save_model" if is_ours(path) else FOREIGN[1]
 
 
 def _ours(params: Any, facts: dict[str, Any]) -> Contents:
@@ -226,38 +259,16 @@ def _read_run(
     return Contents(restore_part(folder, part, step), config, None, "eps", facts)
 
 
-def _read_torch(
+def _read_foreign(
     path: pathlib.Path,
-    ema: bool,
+    torch: bool,
+    which: tuple[bool, str | None, Collection[str]],
     config: UNetConfig | None,
     image_size: int | tuple[int, int] | None,
 ) -> Contents:
-    state, facts = from_checkpoint(load_torch(path), ema)
-    schedule = None
-    if config is None and image_size is not None:
-        config = infer_config(state, image_size)
-    if config is None:
-        alike = _paper_network(state)
-        if alike is None or not RELEASED.search(path.absolute().as_posix()):
-            hint = f" (its shapes are those of {alike!r})" if alike else ""
-            raise ValueError(
-                "a PyTorch checkpoint holds neither the image size nor the noise schedule: pass "
-                f"config={' or '.join(map(repr, PAPER))}, a network of the paper{hint}, or "
-                "image_size=... and schedule=ScheduleConfig(...)"
-            )
-        config, schedule = PAPER[alike], ScheduleConfig()
-    params = from_state_dict(state, config)
-    return Contents(params, config, schedule, "eps", {"source": "PyTorch checkpoint", **facts})
-
-
-def _paper_network(state: dict[str, np.ndarray]) -> str | None:
-    """The name of the paper's network that has these shapes."""
-    infer_config(state, 4096)  # says what is wrong where the names are foreign
-    for name, known in PAPER.items():
-        with contextlib.suppress(ValueError):
-            if infer_config(state, known.image_size) == known:
-                return name
-    return None
+    state, facts = find_state(load_torch(path) if torch else read_safetensors(path)[0], *which)
+    facts = {"source": "PyTorch checkpoint" if torch else "safetensors", **facts}
+    return read_state(state, facts, path.absolute().as_posix(), config, image_size)
 
 
 def _schedule(model: Model) -> ScheduleConfig:
