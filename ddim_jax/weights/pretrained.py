@@ -104,6 +104,7 @@ def load_model(
         (step is not None, f"step={step}", ("run folder",)),
         (not ema, "ema=False", ("run folder", *FOREIGN)),
         (image_size is not None, "image_size", FOREIGN),
+        (flags is not None, "flags", FOREIGN),
         (part is not None, f"part={part!r}", FOREIGN),
         (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
         (bool(ignore), f"ignore={ignore!r}", ("diffusers folder", *FOREIGN)),
@@ -112,6 +113,8 @@ def load_model(
             raise ValueError(f"{name} is for a {' or a '.join(kinds)}, {path} is a {kind}")
     if image_size is not None and config is not None:
         raise ValueError("image_size is in place of config: give one of them")
+    if flags is not None and (config is not None or image_size is not None):
+        raise ValueError("flags say the whole network: give no config and no image_size too")
     try:
         if kind == "run folder":
             stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
@@ -120,7 +123,7 @@ def load_model(
             stored = read_diffusers(path if name is None else path.parent, variant, name, ignore)
         elif kind in FOREIGN:
             which = (ema, part, [ignore] if isinstance(ignore, str) else ignore)
-            stored = _read_foreign(path, kind == FOREIGN[0], which, config, image_size)
+            stored = _read_foreign(path, kind == FOREIGN[0], which, config, image_size, flags)
         else:
             stored = _ours(*load_weights(path))
         config, schedule = config or stored.config, schedule or stored.schedule
@@ -265,10 +268,11 @@ def _read_foreign(
     which: tuple[bool, str | None, Collection[str]],
     config: UNetConfig | None,
     image_size: int | tuple[int, int] | None,
+    flags: Flags | None,
 ) -> Contents:
     state, facts = find_state(load_torch(path) if torch else read_safetensors(path)[0], *which)
     facts = {"source": "PyTorch checkpoint" if torch else "safetensors", **facts}
-    return read_state(state, facts, path.absolute().as_posix(), config, image_size)
+    return read_state(state, facts, path.absolute().as_posix(), config, image_size, flags)
 
 
 def _schedule(model: Model) -> ScheduleConfig:
