@@ -35,18 +35,45 @@ def check_inputs(config: UNetConfig, x: Any, t: Any, labels: Any) -> tuple[Any, 
         raise TypeError(f"x must be floating, in the scale of x_t, got {x.dtype}: convert it first")
     check_divisible("height of x", x.shape[1], config)
     check_divisible("width of x", x.shape[2], config)
-    t = _check_numbers(
-        *("t", t, x.shape[0], 1, None, "the paper's 1..T; 1 is subtracted in apply_fn"), real=True
-    )
-    if config.num_classes is None:
+    meaning = "the paper's 1..T; 1 is subtracted in apply_fn"
+    if config.time_table is not None:
+        meaning = f"1..{config.time_table}, the rows of its table"
+    real = config.time_table is None
+    t = _check_numbers("t", t, x.shape[0], 1, config.time_table, meaning, real=real)
+    return x, t, _check_labels(config, labels, x.shape[0])
+
+
+def _check_labels(config: UNetConfig, labels: Any, batch: int) -> Any:
+    classes, kind = config.num_classes, config.class_embedding
+    if not config.labelled:
         if labels is not None:
             raise ValueError("labels given to an unconditional network: set config.num_classes")
-    elif labels is None:
-        labels = jnp.full(x.shape[:1], config.num_classes)
-    else:
-        meaning = f"0..{config.num_classes}, {config.num_classes} for no label"
-        labels = _check_numbers("labels", labels, x.shape[0], 0, config.num_classes, meaning)
-    return x, t, labels
+        return None
+    if labels is None:
+        if classes is not None and config.no_label:
+            return jnp.full(batch, classes)
+        what = {
+            "table": f"(B,) in 0..{(classes or 0) - 1}, as its table has no row for 'no label'",
+            "timestep": "(B,) numbers >= 0, embedded as time is",
+            "identity": f"(B, {config.embedding_width}) embeddings",
+        }
+        raise ValueError(f"this network does not work without labels: give {what[kind]}")
+    if kind == "identity":
+        shape = jnp.shape(labels)
+        if shape != (batch, config.embedding_width):
+            wanted = f"({batch}, {config.embedding_width})"
+            raise ValueError(f"labels must be embeddings {wanted}, got {shape}")
+        return jnp.asarray(labels)
+    if kind == "timestep":
+        top = None if config.time_table is None else config.time_table - 1
+        meaning = "numbers >= 0, embedded as time is" if top is None else f"0..{top}"
+        return _check_numbers("labels", labels, batch, 0, top, meaning, real=top is None)
+    assert classes is not None
+    if config.no_label:
+        meaning = f"0..{classes}, {classes} for no label"
+        return _check_numbers("labels", labels, batch, 0, classes, meaning)
+    meaning = f"0..{classes - 1}, of which none means no label"
+    return _check_numbers("labels", labels, batch, 0, classes - 1, meaning)
 
 
 def _check_numbers(

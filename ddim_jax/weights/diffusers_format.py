@@ -1,7 +1,7 @@
 """Folders of the diffusers library: a `UNet2DModel`, and the pipeline that holds it.
 
-Only networks equal to Ho et al.'s are read, such as google/ddpm-cifar10-32; any other setting is
-refused by name. Nothing here needs diffusers or PyTorch.
+Any `UNet2DModel` of steps t is read; what is not is refused by name. Nothing here needs diffusers
+or PyTorch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SAMPLING = (
 )
 RENAMES = [
     (r"^down\.", "down_blocks."),
+    (r"\.(down|up)sample\.(block\.|)", r".\1samplers.0."),
     (r"\.block\.", ".resnets."),
     (r"\.attn\.", ".attentions."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
     (r"^mid\.block_1", "mid_block.resnets.0"),
     (r"^mid\.block_2", "mid_block.resnets.1"),
     (r"^mid\.attn_1", "mid_block.attentions.0"),
@@ -51,7 +51,10 @@ RENAMES = [
     (r"^temb\.dense\.0", "time_embedding.linear_1"),
     (r"^temb\.dense\.1", "time_embedding.linear_2"),
     (r"^norm_out", "conv_norm_out"),
+    (r"^label\.dense\.0", "class_embedding.linear_1"),
+    (r"^label\.dense\.1", "class_embedding.linear_2"),
     (r"^label_embedding$", "class_embedding.weight"),
+    (r"^time_table$", "time_proj.weight"),
 ]
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -76,6 +79,7 @@ def read_diffusers(
     variant: str | None = None,
     name: str | None = None,
     ignore: Collection[str] = (),
+    image_size: int | tuple[int, int] | None = None,
 ) -> Contents:
     """Reads a `UNet2DModel` folder, or a pipeline folder with unet/ and scheduler/ in it.
 
@@ -85,12 +89,13 @@ def read_diffusers(
       variant: of the weights, "fp16" for one; without it the plain ones, or the only variant.
       name: the very file of weights, in place of that choice.
       ignore: names of tensors to leave out.
+      image_size: a side or (H, W), in place of sample_size, which may be null.
 
     Returns:
       `Contents`; the facts hold the scheduler's settings for sampling, "clip_sample" for one.
 
     Raises:
-      ValueError: a file is missing or damaged, a setting is not one of Ho et al.'s network, or the
+      ValueError: a file is missing or damaged, a setting is of no network that is known here, or the
         weights do not fit; the message names it.
     """
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -102,7 +107,7 @@ def read_diffusers(
     settings = read_json(inner / "config.json")
     state, facts = _read_weights(inner, variant, name, ignore)
     num_classes = facts.get("model", {}).get("num_classes")
-    config = unet_config(settings, num_classes)
+    config = unet_config(settings, num_classes, image_size)
     params = from_state_dict(state, config, lambda name: diffusers_name(name, config))
     facts = {"source": "diffusers", **facts}
     beside = folder.absolute().parent if folder.absolute().name == "unet" else folder
@@ -132,7 +137,7 @@ def write_diffusers(
     Args:
       folder: must not exist, or be empty; its parent must exist.
       params: of the network.
-      config: of the network; `multipliers[0]` must be 1, as diffusers has no other.
+      config: of the network.
       schedule: the noise schedule.
       prediction: "eps", "x_0" or "v".
       facts: provenance, kept in the header of the weights; "sampling" in it, as `read_diffusers`

@@ -58,7 +58,7 @@ def from_state_dict(
     """Parameters from a state dict: `to_state_dict` undone.
 
     Args:
-      state: flat dict of floating arrays. 1×1 convolutions may also be (O, I).
+      state: flat dict of floating arrays. 1×1 convolutions may also be (O, I) or (O, I, 1).
       config: the network.
       rename: from the DDIM authors' names to those of `state`.
 
@@ -94,8 +94,8 @@ def from_state_dict(
         path, leaf = wanted[name]
         axes = _axes(path, len(leaf.shape))  # of PyTorch's layout
         shape, array = tuple(leaf.shape[axis] for axis in axes), state[name]
-        if array.shape == (*shape, 1, 1) and len(shape) == 2:
-            array = array[:, :, 0, 0]
+        if len(shape) == 2 and array.shape == shape + (1,) * (array.ndim - 2):
+            array = array.reshape(shape)
         if array.shape != shape:
             misfits.append(f"{name} is {array.shape}, not {shape}")
         elif not jnp.issubdtype(array.dtype, jnp.floating):
