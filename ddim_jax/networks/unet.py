@@ -101,7 +101,8 @@ class UNet(nnx.Module):
     def embedding(self, index: jax.Array, labels: jax.Array | None) -> jax.Array:
         """(B, embedding_width), of time and label."""
         config = self.config
-        index = index if config.time_scale == 1 else index * config.time_scale
+        if config.time_scale != 1:
+            index = index.astype(jnp.float32) * config.time_scale
 
         def embedded(layers: nnx.Dict, index: jax.Array) -> jax.Array:
             if config.time_table is None:

@@ -157,8 +157,8 @@ def run(
     if keys is not None and keys.shape != x_T.shape[:1]:
         raise ValueError(f"got keys of {keys.shape[0]} images for {x_T.shape[0]} images")
     prediction, x = prediction_of(denoise), wide(x_T)
+    check_network(denoise, plan)
     both = None if plan.learned is None else with_variance(denoise)
-    prediction.check(plan.told or plan.steps)
     keep = np.zeros(plan.t.shape[0], bool) if keep is None else keep
     num_kept = int(keep.sum())
     slots = np.where(keep, np.cumsum(keep) - 1, num_kept)  # the one out of range is dropped
@@ -195,6 +195,13 @@ def run(
         body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32), noise)
     )
     return x_0.astype(x_T.dtype), (kept[0], kept[1])
+
+
+def check_network(network: Any, plan: Plan) -> None:
+    """Raises ValueError where a network does not go with a plan, before anything is traced."""
+    prediction_of(network).check(plan.told or plan.steps)
+    if plan.learned is not None:
+        with_variance(network)
 
 
 def rows(plan: Plan, dtype: Any) -> Plan:

@@ -13,7 +13,7 @@ import numpy as np
 from ddim_jax.arrays import Array, Denoiser
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.prediction import prediction_of, variance_of
 
 
 class Model(NamedTuple):
@@ -69,6 +69,24 @@ class Model(NamedTuple):
         Inside your own `jax.jit` pass `params` as an argument instead, or they become constants.
         """
         return predicts(partial(self.apply_fn, self.params))
+
+
+def network_of(config: UNetConfig, prediction: Prediction, schedule: Schedule) -> Any:
+    """The apply_fn of our U-Net with what it predicts, and with its variance if it learned one.
+
+    It has learned one where `out_channels` is twice `in_channels`.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> config = UNetConfig(out_channels=6)
+      >>> network = network_of(config, Prediction(), ddim.linear_schedule(1000))
+      >>> variance_of(network) is not None
+      True
+    """
+    from ddim_jax.networks.unet import make_apply  # here, as flax takes half a second to import
+
+    twice = config.out_channels == 2 * config.in_channels
+    return predicts(make_apply(config), prediction, schedule=schedule, learned_variance=twice)
 
 
 def to_facts(

@@ -13,7 +13,7 @@ import numpy as np
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
-from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
+from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig
 from ddim_jax.process.prediction import SIGMA_DATA
 from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors, save_weights
 from ddim_jax.weights.containers import find_state
@@ -25,8 +25,9 @@ from ddim_jax.weights.diffusers_format import (
     read_json,
     write_diffusers,
 )
-from ddim_jax.weights.model import Model, from_facts, to_facts
+from ddim_jax.weights.model import Model, from_facts, network_of, to_facts
 from ddim_jax.weights.namings import read_state
+from ddim_jax.weights.openai_flags import Flags
 from ddim_jax.weights.torch_files import is_torch_file, load_torch
 
 FOREIGN = ("PyTorch checkpoint", ".safetensors file")
@@ -45,6 +46,7 @@ def load_model(
     part: str | None = None,
     variant: str | None = None,
     ignore: Collection[str] = (),
+    flags: Flags | None = None,
 ) -> Model:
     """Load a trained model, whatever wrote it.
 
@@ -52,8 +54,8 @@ def load_model(
       source: "digits", or with classes "digits-labels", the models that ship with the package; a
         run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
         (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint or .safetensors file of
-        Ho et al.'s network by the names of the DDIM authors or of diffusers, a state dict or one in
-        the dicts and lists that training programs put it in.
+        Ho et al.'s network by the names of the DDIM authors, of diffusers or of OpenAI, a state
+        dict or one in the dicts and lists that training programs put it in.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
@@ -70,6 +72,9 @@ def load_model(
         variant.
       ignore: tensors to leave out that are not the network's, such as ("logvar", "betas"); `*`
         stands for anything.
+      flags: of OpenAI's improved-diffusion and guided-diffusion, by their names: a dict, a command
+        line "--image_size 64 …", a JSON file, or the name of a model that they published, such as
+        "guided-imagenet64". Their published files are known by name, and need none.
 
     Returns:
       A `Model`, its weights on the default device; it knows what it predicts.
@@ -142,7 +147,7 @@ def load_model(
             raise
         raise ValueError(f"{path}: {error}") from error
     told = Prediction(prediction, sigma_data=stored.facts.get("sigma_data", SIGMA_DATA))
-    apply_fn = predicts(unet.make_apply(config), told, schedule=built)
+    apply_fn = network_of(config, told, built)
     facts = {**stored.facts, **to_facts(schedule, config, told)}
     params = jax.device_put(stored.params)
     return Model(apply_fn, params, built, config, facts)
