@@ -107,9 +107,6 @@ def network_params(
 ) -> Params:
     """Parameters of a state dict with their names.
 
-    Their rows of q, k and v are (head, q|k|v, channel), or (q|k|v, head, channel) in the new order
-    of attention; ours are three layers, each (head, channel).
-
     Args:
       state: flat dict of floating arrays.
       config: the network.
@@ -121,9 +118,20 @@ def network_params(
     Raises:
       ValueError: tensors are missing, left over, of another shape, or not finite; by name.
     """
+    split = split_heads(state, config, new_order)
+    return from_state_dict(split, config, lambda name: openai_name(name, config))
+
+
+def split_heads(
+    state: Mapping[str, np.ndarray], config: UNetConfig, new_order: bool
+) -> dict[str, np.ndarray]:
+    """The state dict with q, k and v of each attention as three.
+
+    Their rows of q, k and v are (head, q|k|v, channel), or (q|k|v, head, channel) in the new order
+    of attention; ours are three layers, each (head, channel).
+    """
     split: dict[str, np.ndarray] = {}
     for name, array in state.items():
-        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
         parts = re.fullmatch(r"(.*)\.qkv\.(weight|bias)", name)
         if parts is None or array.shape[0] % 3:
             split[name] = array
@@ -134,7 +142,7 @@ def network_params(
         for i, letter in enumerate("qkv"):
             one = rows[i] if new_order else rows[:, i]
             split[f"{parts[1]}.{letter}.{parts[2]}"] = one.reshape(-1, *array.shape[1:])
-    return from_state_dict(split, config, lambda name: openai_name(name, config))
+    return split
 
 
 def openai_name(name: str, config: UNetConfig) -> str:
