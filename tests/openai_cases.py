@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tests.pseudo_weights import uniform
+
 SMALL = {
     **{"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2"},
     **{"attention_resolutions": "4", "num_heads": 1},
@@ -35,13 +37,13 @@ CASES = {
         **{"use_scale_shift_norm": False, "num_heads_upsample": 1},
     },
 }
-# Name → (case, timestep_respacing, loop, whether x̂_0 is clipped, seed of all noise).
+# Name → (case, timestep_respacing, loop, whether x̂_0 is clipped).
 SAMPLES = {
-    "ddim5": ("legacy heads", "ddim5", "ddim_sample_loop", True, 7),
-    "ddim5 classes": ("head channels", "ddim5", "ddim_sample_loop", True, 8),
-    "ddim8 x_0": ("x_0", "ddim8", "ddim_sample_loop", False, 9),
-    "chain of 5": ("legacy heads", "5", "p_sample_loop", True, 10),
-    "chain of 2,4": ("rescaled", "2,4", "p_sample_loop", True, 11),
+    "ddim5": ("legacy heads", "ddim5", "ddim_sample_loop", True),
+    "ddim5 classes": ("head channels", "ddim5", "ddim_sample_loop", True),
+    "ddim8 x_0": ("x_0", "ddim8", "ddim_sample_loop", False),
+    "chain of 5": ("legacy heads", "5", "p_sample_loop", True),
+    "chain of 2,4": ("rescaled", "2,4", "p_sample_loop", True),
 }
 _SMALL = {
     **{"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 10},
@@ -67,13 +69,17 @@ CLASSIFIERS = {
 }
 
 
-def weights(shapes, seed):
+def signed(name, shape):
+    """Numbers of mean 0 and variance 1, the same everywhere."""
+    return (np.sqrt(3) * (2 * uniform(name, shape) - 1)).astype(np.float32)
+
+
+def weights(shapes, case):
     """Tensors by name, of a scale that keeps activations near 1; none is zero."""
-    rng, state = np.random.default_rng(seed), {}
-    for name in sorted(shapes):
-        shape = tuple(shapes[name])
-        z = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:  # biases; and the scale of a norm, whose name says no more
+    state = {}
+    for name, shape in shapes.items():
+        z = signed(f"{case} {name}", tuple(shape))
+        if len(shape) == 1:  # biases; and the scale of a norm
             state[name] = 0.1 * z + np.float32(name.endswith("weight"))
         elif name in ("label_emb.weight", "out.2.positional_embedding"):
             state[name] = 0.5 * z
@@ -82,8 +88,12 @@ def weights(shapes, seed):
     return state
 
 
-def drawn(seed, size, classes=1000):
+def drawn(case, size, classes=1000):
     """x (2, size, size, 3), t (2,) in 1..200 and labels (2,)."""
-    rng = np.random.default_rng(1000 + seed)
-    x = rng.standard_normal((2, size, size, 3), np.float32)
-    return x, rng.integers(1, 200, 2), rng.integers(0, classes, 2)
+    t, y = uniform(f"{case} t", (2,)), uniform(f"{case} y", (2,))
+    return signed(f"{case} x", (2, size, size, 3)), 1 + (t * 200).astype(int), (y * classes).astype(int)
+
+
+def noise(sample, steps, size):
+    """x_T and the z of each step, (1 + S, 2, size, size, 3)."""
+    return signed(f"{sample} noise", (1 + steps, 2, size, size, 3))

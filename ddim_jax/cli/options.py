@@ -38,6 +38,8 @@ class Source:
         shapes tell the rest.
       schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
       prediction: what the network predicts, in place of what the file says; noise if neither says.
+      flags: of a network of OpenAI's: a JSON file of their flags, the name of a model that they
+        published, such as guided-imagenet64, or their command line in quotes.
     """
 
     step: int | None = None
@@ -45,6 +47,7 @@ class Source:
     image_size: int | tuple[int, int] | None = None
     schedule: Literal["linear", "cosine"] | None = None
     prediction: Literal["eps", "x_0", "v", "edm"] | None = None
+    flags: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.arrays import Array, Denoiser, per_image
+from ddim_jax.arrays import Array, Denoiser, per_image, root
 from ddim_jax.process.gaussian import Coefficients, ddim_sigma, sigma_hat
 from ddim_jax.process.prediction import variance_of
 from ddim_jax.process.schedule import Schedule
@@ -51,12 +51,13 @@ class LearnedVariance:
         In the family σ² ends at 1 − ᾱ_s, beyond which Eq. 7 has no real κ: β is above it in the
         last steps of fine τ.
         """
-        sigma = jnp.exp(self.log_variance(v) / 2) * (c.sigma > 0)
+        noisy = per_image(c.sigma, v) > 0
+        variance = jnp.where(noisy, jnp.exp(self.log_variance(v)), 0)
         if not self.in_family:
-            return c._replace(sigma=sigma)
-        limit = jnp.sqrt(jnp.maximum(1 - jnp.square(c.sqrt_alpha_bar_s), 0))
-        sigma = jnp.minimum(sigma, limit)
-        return c._replace(sigma=sigma, direction=jnp.sqrt(limit**2 - sigma**2))
+            return c._replace(sigma=root(variance))
+        limit = per_image(c.direction**2 + c.sigma**2, v)  # 1 − ᾱ_s, of σ(1) too
+        variance = jnp.minimum(variance, limit)
+        return c._replace(sigma=root(variance), direction=root(limit - variance))
 
 
 def learned_variance(

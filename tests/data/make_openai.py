@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, drawn, weights  # noqa: E402
+from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, drawn, noise, weights  # noqa: E402
 
 OUT = pathlib.Path(__file__).with_name("openai.npz")
 
@@ -32,10 +32,10 @@ def package(checkout, name):
     return importlib.import_module(f"{name}.script_util"), importlib.import_module(f"{name}.unet")
 
 
-def filled(torch, network, seed):
+def filled(torch, network, case):
     """The network with our weights, and the names and shapes of its tensors."""
     shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    state = {name: torch.from_numpy(array) for name, array in weights(shapes, seed).items()}
+    state = {name: torch.from_numpy(array) for name, array in weights(shapes, case).items()}
     network.load_state_dict(state)
     return network.eval(), shapes
 
@@ -48,13 +48,13 @@ def main(guided, improved):
         "improved-diffusion": package(improved, "improved_diffusion"),
     }
     out, shapes, networks = {}, {}, {}
-    for number, (name, flags) in enumerate(CASES.items()):
+    for name, flags in CASES.items():
         script, _ = scripts[flags.get("repository", "guided-diffusion")]
         flags = {k: v for k, v in flags.items() if k != "repository"}
         all_flags = script.model_and_diffusion_defaults() | flags
         network, diffusion = script.create_model_and_diffusion(**all_flags)
-        network, shapes[name] = filled(torch, network, number)
-        x, t, y = drawn(number, all_flags["image_size"])
+        network, shapes[name] = filled(torch, network, name)
+        x, t, y = drawn(name, all_flags["image_size"])
         classes = {"y": torch.from_numpy(y)} if all_flags["class_cond"] else {}
         with torch.no_grad():
             scaled = torch.from_numpy(t - 1)
@@ -64,16 +64,14 @@ def main(guided, improved):
         out[name] = output.numpy().transpose(0, 2, 3, 1)
         networks[name] = network, all_flags, classes, script
     for name, how in SAMPLES.items():
-        case, respacing, loop, clip, seed = how
+        case, respacing, loop, clip = how
         network, flags, classes, script = networks[case]
         _, diffusion = script.create_model_and_diffusion(
             **flags | {"timestep_respacing": respacing}
         )
         steps = len(diffusion.timestep_map)
         out[f"{name} tau"] = np.array(diffusion.timestep_map) + 1
-        draws = np.random.default_rng(seed).standard_normal(
-            (steps + 1, 2, 3, flags["image_size"], flags["image_size"]), np.float32
-        )
+        draws = noise(name, steps, flags["image_size"]).transpose(0, 1, 4, 2, 3)
         queue = iter(torch.from_numpy(draws[1:]))
         real, torch.randn_like = torch.randn_like, lambda x: next(queue)
         try:
@@ -96,9 +94,9 @@ def main(guided, improved):
             for part in ("mean", "log_variance"):
                 out[f"{name} {part}"] = step[part].detach().numpy().transpose(0, 2, 3, 1)
     _, unet = scripts["guided-diffusion"]
-    for number, (name, (arguments, _)) in enumerate(CLASSIFIERS.items()):
-        network, shapes[name] = filled(torch, unet.EncoderUNetModel(**arguments), 100 + number)
-        x, t, y = drawn(100 + number, arguments["image_size"], arguments["out_channels"])
+    for name, (arguments, _) in CLASSIFIERS.items():
+        network, shapes[name] = filled(torch, unet.EncoderUNetModel(**arguments), name)
+        x, t, y = drawn(name, arguments["image_size"], arguments["out_channels"])
         x = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
         log_p = torch.log_softmax(network(x, torch.from_numpy(t - 1)), -1)
         (gradient,) = torch.autograd.grad(log_p[range(2), torch.from_numpy(y)].sum(), x)
