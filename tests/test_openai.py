@@ -49,7 +49,7 @@ def model_of(case):
     stored = read_openai(state_of(case), {}, "mine.pt", CASES[case])
     schedule = stored.schedule.build()
     network = network_of(stored.config, Prediction(stored.prediction), schedule)
-    return ddim.Model(network, stored.params, schedule, stored.config, stored.facts)
+    return ddim.Model(network, jax.device_put(stored.params), schedule, stored.config, stored.facts)
 
 
 def assert_close(got, want, rtol):

@@ -113,8 +113,6 @@ def parallel_sample(
     keys = noise_keys(plan, x_T, key, noise)
     size = _check(plan, x_T, window, tolerance, sharding)
     check_network(denoise, plan)
-    if plan.learned is not None:
-        raise ValueError("parallel_sample knows σ before the run: no method of a learned variance")
     c = plan.steps
     linear = c.sqrt_alpha_bar_s * c.sqrt_alpha_bar_t + c.direction * c.sqrt_one_minus_alpha_bar_t
     x, steps = wide(x_T), plan.t.shape[0]
