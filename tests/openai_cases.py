@@ -91,7 +91,11 @@ def weights(shapes, case):
 def drawn(case, size, classes=1000):
     """x (2, size, size, 3), t (2,) in 1..200 and labels (2,)."""
     t, y = uniform(f"{case} t", (2,)), uniform(f"{case} y", (2,))
-    return signed(f"{case} x", (2, size, size, 3)), 1 + (t * 200).astype(int), (y * classes).astype(int)
+    return (
+        signed(f"{case} x", (2, size, size, 3)),
+        1 + (t * 200).astype(int),
+        (y * classes).astype(int),
+    )
 
 
 def noise(sample, steps, size):

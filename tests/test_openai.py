@@ -213,7 +213,10 @@ BAD_FLAGS = {
     "heads": ({"num_heads": 3}, "num_heads 3 does not divide 64"),
     "head channels": ({"num_head_channels": 24}, "num_head_channels 24 does not divide 64"),
     "an upsampler": ({"large_size": 256}, "upsampler"),
-    "a size without multipliers": ({"channel_mult": "", "image_size": 24}, "channel_mult is needed"),
+    "a size without multipliers": (
+        {"channel_mult": "", "image_size": 24},
+        "channel_mult is needed",
+    ),
     "a size that is odd": ({"image_size": 9}, "cannot be halved"),
     "steps without their scale": ({"diffusion_steps": 4000}, "rescale_timesteps is needed"),
     "too few linear steps": ({"diffusion_steps": 20, "rescale_timesteps": False}, "above 20"),

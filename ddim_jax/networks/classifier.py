@@ -67,7 +67,10 @@ class Classifier(UNet):
             self.q, self.k, self.v = (dense(width, width, encoder) for _ in range(3))
             self.dense = dense(width, config.num_classes, encoder)
         else:
-            per, widths = encoder.num_blocks + 1, encoder.widths  # a level's blocks and what ends it
+            per, widths = (
+                encoder.num_blocks + 1,
+                encoder.widths,
+            )  # a level's blocks and what ends it
             features = encoder.channels + per * sum(widths)  # and the middle's, for the last level
             self.hidden = dense(features, HIDDEN, encoder)
             if self.pool == "spatial_v2":

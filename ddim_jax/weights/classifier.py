@@ -130,7 +130,9 @@ def load_classifier(
     try:
         if given is None:
             raise ValueError("it is no published classifier: pass flags={...} of its training")
-        state, _ = find_state(load_torch(path) if is_torch_file(path) else read_safetensors(path)[0])
+        state, _ = find_state(
+            load_torch(path) if is_torch_file(path) else read_safetensors(path)[0]
+        )
         return read_classifier(state, given)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error

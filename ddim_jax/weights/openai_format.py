@@ -235,7 +235,9 @@ def _against(said: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     flags = check_flags(given)
     size, multipliers = flags["image_size"], flags["channel_mult"]
     levels = tuple(
-        i for i in range(len(multipliers)) if 2**i in {size // r for r in flags["attention_resolutions"]}
+        i
+        for i in range(len(multipliers))
+        if 2**i in {size // r for r in flags["attention_resolutions"]}
     )
     told = flags | {"attention_resolutions": levels}
     wrong = []

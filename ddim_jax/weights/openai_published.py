@@ -50,15 +50,11 @@ PUBLISHED: dict[str, Published] = {
     "guided-imagenet128": Published(
         "128x128_diffusion.pt", {**GUIDED, **LABELS, "image_size": 128, "num_heads": 4}
     ),
-    "guided-imagenet256": Published(
-        "256x256_diffusion.pt", {**HEADS, **LABELS, "image_size": 256}
-    ),
+    "guided-imagenet256": Published("256x256_diffusion.pt", {**HEADS, **LABELS, "image_size": 256}),
     "guided-imagenet256-uncond": Published(
         "256x256_diffusion_uncond.pt", {**HEADS, "image_size": 256}
     ),
-    "guided-imagenet512": Published(
-        "512x512_diffusion.pt", {**HEADS, **LABELS, "image_size": 512}
-    ),
+    "guided-imagenet512": Published("512x512_diffusion.pt", {**HEADS, **LABELS, "image_size": 512}),
     **{
         f"guided-lsun-{name.replace('_', '-')}": Published(
             f"lsun_{name}.pt",
