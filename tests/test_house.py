@@ -35,7 +35,7 @@ DOORS = {
     "flatbuffers": {"generation.artifact"},
     "flax": {"networks.blocks", "networks.unet"},
     "grain": {"data.streams"},
-    "huggingface_hub": set(),
+    "huggingface_hub": {"weights.hub"},
     "matplotlib": {"pictures.plots"},
     "optax": {"training.step"},
     "orbax": {"storage.checkpoint"},

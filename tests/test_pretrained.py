@@ -279,7 +279,7 @@ def test_the_shipped_model():
         load_model("digits", step=3)
     with pytest.raises(ValueError, match="ema=False is for a .* is a file of save_model"):
         load_model("digits", ema=False)
-    with pytest.raises(ValueError, match="image_size is for a PyTorch checkpoint"):
+    with pytest.raises(ValueError, match="image_size is for a .* is a file of save_model"):
         load_model("digits", image_size=8)
 
 
@@ -327,7 +327,7 @@ BAD = {
         torch(torch_writer.Call("models.diffusion", "Model")), SIZED, "models.diffusion.Model"),
     "a.ckpt: cut short": (lambda: torch_writer.saved(STATE)[:5000], SIZED, "zip"),
     "a.ckpt: compressed": (compressed, SIZED, "compressed or encrypted"),
-    "a.ckpt: a number": (torch({"epoch": 3}), SIZED, r"a dict of 'epoch' \(int\) where a state dict"),
+    "a.ckpt: a number": (torch({"epoch": 3}), SIZED, r"a dict of 'epoch' \(int\) where"),
     "a.ckpt: no dict": (torch("weights"), SIZED, "holds a str where a state dict belongs"),
     "a.ckpt: empty dict": (torch({}), SIZED, "(?s)state dict belongs|conv_in.weight"),
     "a.ckpt: list of two": (torch([STATE, EMA]), SIZED, r"a list of 2, not \[model, optimiser"),

@@ -131,20 +131,17 @@ def _check_heads(config: Any) -> None:
             f"head_width={config.head_width}, num_heads={config.num_heads}, "
             f"num_heads_up={config.num_heads_up}"
         )
-    middle = config.widths[-1:] if config.middle == "attention" else ()
-    ways = [[w for w, a in zip(config.widths, way) if a] for way in config.attended]
-    for name, widths in (("num_heads", [*ways[0], *middle]), ("num_heads_up", ways[1])):
-        heads = getattr(config, name) or config.num_heads
-        for width in widths:
-            if config.head_width is not None and config.head_width > width:
-                raise ValueError(
-                    f"head_width must be at most {width}, the width of a level with attention; "
-                    f"got {config.head_width}"
-                )
-            if width % heads:
-                raise ValueError(
-                    f"{name} must divide {width}, the width of a level with attention; got {heads}"
-                )
+    for width, heads in config.attentions:
+        if not heads:
+            raise ValueError(
+                f"head_width must be at most {width}, the width of a level with attention; "
+                f"got {config.head_width}"
+            )
+        if config.head_width is None and width % heads:
+            name = "num_heads" if heads == config.num_heads else "num_heads_up"
+            raise ValueError(
+                f"{name} must divide {width}, the width of a level with attention; got {heads}"
+            )
 
 
 def _check_embeddings(config: Any) -> None:

@@ -1,6 +1,7 @@
 """What shape a U-Net may have."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from ddim_jax.networks import checks
@@ -145,6 +146,15 @@ class UNetConfig:
         if self.attention_resolutions_up is not None:
             up = self.attention_resolutions_up
         return tuple(r in down for r in self.resolutions), tuple(r in up for r in self.resolutions)
+
+    @property
+    def attentions(self) -> tuple[tuple[int, int], ...]:
+        """(width, number of heads) of the levels with attention, down and up, and the middle."""
+        (down, up), own = self.attended, self.head_width
+        ways = (*zip(self.widths, down, itertools.repeat(self.num_heads)),)
+        ways += (*zip(self.widths, up, itertools.repeat(self.num_heads_up or self.num_heads)),)
+        ways += ((self.widths[-1], self.middle == "attention", self.num_heads),)
+        return tuple((w, n if own is None else w // own) for w, attended, n in ways if attended)
 
     @property
     def resampling(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

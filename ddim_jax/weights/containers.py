@@ -5,7 +5,7 @@
 | {"conv_in.weight": …}, all tensors | one, without a name |
 | [model, optimiser, epoch, step, average], of the DDIM authors | "0", "4" |
 | {"model": …, "ema": …, "opt": …} | "model", "ema" |
-| {"state_dict": {"net.conv_in.weight": …, "ema_net.conv_in.weight": …}}, Lightning's | "state_dict.net", … |
+| {"state_dict": {"net.conv_in.weight": …, "ema.conv_in.weight": …}} | "state_dict.net", … |
 
 A part is a dict of names and tensors. Numbers, strings and optimisers are passed over; so is a
 prefix that all names share, such as "module." Nothing else is: a tensor beside the network's is
@@ -120,7 +120,7 @@ def _parts(
 
 
 def _networks(state: State, path: str) -> Iterator[tuple[str, State]]:
-    """A state dict without its prefix, or those of several in it: {"net.…", "ema_net.…"} are two."""
+    """A state dict without its prefix, or those of several in it: "net.…" and "ema_net.…"."""
     numbers = {name for name, array in state.items() if "." not in name and array.size == 1}
     heads = {name.split(".")[0] for name in state.keys() - numbers}
     if not heads <= KNOWN:

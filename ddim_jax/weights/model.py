@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddim_jax.arrays import Array, Denoiser
+from ddim_jax.arrays import Array, ArrayLike, Denoiser
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts
+from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts, timesteps
 from ddim_jax.process.prediction import prediction_of, variance_of
+from ddim_jax.sampling import Method, ddim, make_sampler
+from ddim_jax.weights.diffusers_recipe import recipe
 
 
 class Model(NamedTuple):
@@ -62,6 +64,45 @@ class Model(NamedTuple):
             f"{self.prediction.kind})"
         )
 
+    def sampler(
+        self,
+        steps: int | None = None,
+        *,
+        eta: float | None = None,
+        tau: ArrayLike | Sequence[int] | None = None,
+        method: Method | None = None,
+    ) -> Callable[..., Array]:
+        """A jitted sampler `(x_T, key=None) → x_0` that draws what the model's own pipeline would.
+
+        Of a diffusers folder that is what its scheduler says, see docs/weights.md: τ, method, and
+        what is done to x̂_0 unless the model says that itself. Where nothing is said, DDIM at η = 0
+        along `timesteps(T, steps)`.
+
+        Args:
+          steps: S; by default that of the pipeline (`DDPMPipeline` 1000, else 50).
+          eta: of DDIM, 0 by default, where that is the method.
+          tau: in place of steps and their spacing.
+          method: in place of the stored one; τ and what is done to x̂_0 stay.
+
+        Returns:
+          What `make_sampler` returns: weights, keys and the table are arguments of one compiled
+          function, and `sampler(x_T, key, eta=…, tau=…, method=…, params=…, **inputs)` changes
+          them. It needs a key where the method adds noise.
+
+        Raises:
+          ValueError: the scheduler has settings that are not read, all of which are named; S is
+            not in 1..T; or two of the arguments contradict each other.
+
+        Example:
+          >>> import ddim_jax as ddim
+          >>> model = ddim.load_model("digits")
+          >>> x_T = ddim.initial_noise(jax.random.key(0), 4, model.image_shape)
+          >>> model.sampler(5)(x_T).shape
+          (4, 8, 8, 1)
+        """
+        told, tau, method = stored(self, steps, eta=eta, tau=tau, method=method)
+        return make_sampler(told, tau, method=method)
+
     @property
     def denoise(self) -> Denoiser:
         """(x, t) → prediction with the weights closed over, for `ddim.sample` outside of jit.
@@ -87,6 +128,47 @@ def network_of(config: UNetConfig, prediction: Prediction, schedule: Schedule) -
 
     twice = config.out_channels == 2 * config.in_channels
     return predicts(make_apply(config), prediction, schedule=schedule, learned_variance=twice)
+
+
+class Stored(NamedTuple):
+    """How a model says that it is sampled."""
+
+    model: Model  # with what is done to x̂_0
+    tau: Any  # (S,)
+    method: Method
+
+
+def stored(
+    model: Model,
+    steps: int | None = None,
+    *,
+    eta: float | None = None,
+    tau: ArrayLike | Sequence[int] | None = None,
+    method: Method | None = None,
+) -> Stored:
+    """What `Model.sampler` gives to `make_sampler`; arguments and errors are its own.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> stored(ddim.load_model("digits"), 5).tau.tolist()
+      [200, 400, 600, 800, 1000]
+    """
+    if steps is not None and tau is not None:
+        raise ValueError(f"give steps or tau, not both: got steps = {steps} and a tau")
+    if eta is not None and method is not None:
+        raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
+    told = model.facts.get("sampling")
+    if not isinstance(told, Mapping):
+        if tau is None:
+            tau = timesteps(model.schedule.num_steps, 50 if steps is None else steps)
+        return Stored(model, tau, method or ddim(eta or 0.0))
+    how = recipe(told, eta, model.prediction.kind)
+    if tau is None:
+        most = model.schedule.num_steps
+        tau = how.tau(model.schedule, min(how.steps, most) if steps is None else steps)
+    if how.x0_fn is not None and model.prediction.x0_fn is None:
+        model = predicts(model, x0_fn=how.x0_fn, rederive_eps=how.rederive_eps)
+    return Stored(model, tau, method or how.method)
 
 
 def to_facts(

@@ -16,10 +16,12 @@ from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig
 from ddim_jax.process.prediction import SIGMA_DATA
 from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors, save_weights
+from ddim_jax.weights import hub
 from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_config import unet_config
 from ddim_jax.weights.diffusers_format import (
     Contents,
+    check_settings,
     is_diffusers_weights,
     read_diffusers,
     read_json,
@@ -46,6 +48,11 @@ def load_model(
     part: str | None = None,
     variant: str | None = None,
     ignore: Collection[str] = (),
+    revision: str | None = None,
+    subfolder: str | None = None,
+    filename: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     flags: Flags | None = None,
 ) -> Model:
     """Load a trained model, whatever wrote it.
@@ -54,8 +61,9 @@ def load_model(
       source: "digits", or with classes "digits-labels", the models that ship with the package; a
         run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
         (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint or .safetensors file of
-        Ho et al.'s network by the names of the DDIM authors, of diffusers or of OpenAI, a state
-        dict or one in the dicts and lists that training programs put it in.
+        Ho et al.'s network by the names of the DDIM authors, of diffusers or of OpenAI, a state dict or
+        one in the dicts and lists that training programs put it in; or, where there is no such path,
+        "org/name" on the Hugging Face Hub, one of these there.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
@@ -63,7 +71,7 @@ def load_model(
         config.json of diffusers; or the name of a network of the paper, "cifar10", "celeba64" or
         "lsun256", each with the linear schedule.
       image_size: of a file with the DDIM authors' names, a side or (H, W); the rest of the network
-        is inferred.
+        is inferred. Of a diffusers folder, in place of its sample_size, which may be null.
       schedule: the noise schedule, in place of the one that is stored, if any.
       prediction: what the network predicts, "eps", "x_0", "v" or "edm", in place of what is stored;
         "eps" where nothing is.
@@ -72,6 +80,11 @@ def load_model(
         variant.
       ignore: tensors to leave out that are not the network's, such as ("logvar", "betas"); `*`
         stands for anything.
+      revision: of the Hub, a branch, tag or commit; by default its main branch.
+      subfolder: of the Hub, the folder in a repository.
+      filename: of the Hub, the file that is the model, where there are several.
+      token: of the Hub, as huggingface_hub takes it; by default HF_TOKEN or `hf auth login`.
+      cache_dir: of the Hub, in place of huggingface_hub's own.
       flags: of OpenAI's improved-diffusion and guided-diffusion, by their names: a dict, a command
         line "--image_size 64 …", a JSON file, or the name of a model that they published, such as
         "guided-imagenet64". Their published files are known by name, and need none.
@@ -81,6 +94,7 @@ def load_model(
 
     Raises:
       FileNotFoundError: there is nothing of that name.
+      ModuleNotFoundError, PermissionError, ConnectionError: of the Hub, see `weights.hub.fetch`.
       ValueError: what is there is not a model, is damaged, hostile or from a newer version, does
         not fit the network, or does not say its image size or schedule.
 
@@ -93,22 +107,20 @@ def load_model(
     """
     from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
-    path = _find(source)
-    if isinstance(config, str) and config.endswith(".json"):
-        config = unet_config(read_json(pathlib.Path(config)))
-    elif isinstance(config, str):
-        if config not in PAPER:
-            raise ValueError(
-                f"unknown config {config!r}; choose one of {', '.join(PAPER)}, or a config.json"
-            )
-        config, schedule = PAPER[config], schedule or ScheduleConfig()
+    config, schedule = _network(config, schedule)
     if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"{path}: unknown prediction type {prediction!r}; known are {PREDICTIONS}")
-    kind = _kind(path)
+        raise ValueError(
+            f"{source}: unknown prediction type {prediction!r}; known are {PREDICTIONS}"
+        )
+    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "filename": filename}
+    place |= {"token": token, "cache_dir": cache_dir}
+    fetched = _fetch(source, variant, {k: v for k, v in place.items() if v is not None})
+    path = fetched.path if fetched else _find(source)
+    kind, leave = _kind(path), [ignore] if isinstance(ignore, str) else list(ignore)
     for given, name, kinds in (
         (step is not None, f"step={step}", ("run folder",)),
-        (not ema, "ema=False", ("run folder", *FOREIGN)),
-        (image_size is not None, "image_size", FOREIGN),
+        (not ema, "ema=False", ("run folder", "diffusers folder", *FOREIGN)),
+        (image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
         (flags is not None, "flags", FOREIGN),
         (part is not None, f"part={part!r}", FOREIGN),
         (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
@@ -124,10 +136,10 @@ def load_model(
         if kind == "run folder":
             stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
         elif kind == "diffusers folder":
-            name = None if path.is_dir() else path.name
-            stored = read_diffusers(path if name is None else path.parent, variant, name, ignore)
+            folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+            stored = read_diffusers(folder, variant, file, leave, image_size, ema)
         elif kind in FOREIGN:
-            which = (ema, part, [ignore] if isinstance(ignore, str) else ignore)
+            which = (ema, part, leave)
             stored = _read_foreign(path, kind == FOREIGN[0], which, config, image_size, flags)
         else:
             stored = _ours(*load_weights(path))
@@ -148,7 +160,8 @@ def load_model(
         raise ValueError(f"{path}: {error}") from error
     told = Prediction(prediction, sigma_data=stored.facts.get("sigma_data", SIGMA_DATA))
     apply_fn = network_of(config, told, built)
-    facts = {**stored.facts, **to_facts(schedule, config, told)}
+    facts = {**stored.facts, **(fetched.facts if fetched else {})}
+    facts |= to_facts(schedule, config, told)
     params = jax.device_put(stored.params)
     return Model(apply_fn, params, built, config, facts)
 
@@ -218,6 +231,36 @@ def with_classes(source: str) -> str:
     return sibling if there and os.path.basename(source) == source else source
 
 
+def _network(
+    config: UNetConfig | str | None, schedule: ScheduleConfig | None
+) -> tuple[UNetConfig | None, ScheduleConfig | None]:
+    """A network by its name or file, with its schedule."""
+    if not isinstance(config, str):
+        return config, schedule
+    if config.endswith(".json"):
+        return unet_config(read_json(pathlib.Path(config))), schedule
+    if config not in PAPER:
+        raise ValueError(
+            f"unknown config {config!r}; choose one of {', '.join(PAPER)}, or a config.json"
+        )
+    return PAPER[config], schedule or ScheduleConfig()
+
+
+def _fetch(
+    source: str | os.PathLike[str], variant: str | None, place: dict[str, Any]
+) -> hub.Fetched | None:
+    """The model of the Hub, if it is one."""
+    shipped = isinstance(source, str) and (SHIPPED / f"{source}.safetensors").is_file()
+    if not shipped and hub.is_hub_name(source):
+        return hub.fetch(str(source), variant=variant, check=check_settings, **place)
+    if place:
+        raise ValueError(
+            f"{', '.join(place)}: of models on the Hub, org/name; {str(source)!r} is none"
+            + (", as there is such a path here" if os.path.exists(source) else "")
+        )
+    return None
+
+
 def _find(source: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(source)
     shipped = SHIPPED / f"{source}.safetensors"
@@ -227,7 +270,7 @@ def _find(source: str | os.PathLike[str]) -> pathlib.Path:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors")))
         raise FileNotFoundError(
             f"no model {str(source)!r}: give a run folder, a diffusers folder, a .safetensors or "
-            f"PyTorch file, or the name of a shipped model ({names})"
+            f"PyTorch file, the name of a shipped model ({names}), or org/name of the Hub"
         )
     return path
 
