@@ -201,7 +201,7 @@ def test_labels_of_others_are_all_labels(tmp_path):
     """Their last label is a label, ours means none."""
     folder = write_folder(tmp_path / "a", unet_settings(LABELS), state=tiny_state(LABELS))
     model = load_model(folder)
-    assert model.config == dataclasses.replace(LABELS, num_classes=4, no_label=False)
+    assert model.config == dataclasses.replace(LABELS, num_classes=4, null_label=False)
     x, t = jnp.zeros((1, 8, 8, 3)), jnp.array([5])
     assert (
         jax.eval_shape(model.apply_fn, model.params, x, t, labels=jnp.array([3])).shape == x.shape

@@ -35,7 +35,7 @@ class Source:
       step: which checkpoint of a run folder, the latest by default.
       config: the network of a PyTorch checkpoint: cifar10, celeba64, lsun256 or a config.json.
       image_size: of a PyTorch checkpoint of another network, a side or height and width; its
-        shapes tell the rest.
+        shapes tell the rest. Of a diffusers folder, in place of its own.
       schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
       prediction: what the network predicts, in place of what the file says; noise if neither says.
       part: of a checkpoint with several networks, the name of one, such as ema.

@@ -19,6 +19,7 @@ import numpy as np
 from jax import export
 
 from ddim_jax.arrays import Array, ArrayLike
+from ddim_jax.generation.condition import check_none
 from ddim_jax.generation.drawing import conditioned
 from ddim_jax.generation.program import (
     as_input,
@@ -117,6 +118,7 @@ def export_sampler(
     _check_choices(start, weights, dtype, platforms)
     _needs_flatbuffers()
     shape = image_shape_of(model, image_shape)
+    check_none(model, guidance)
     chosen = find_method(method, eta) if isinstance(method, str) else method
     if not isinstance(method, str) and eta:
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")

@@ -93,7 +93,7 @@ class UNet(nnx.Module):
         if config.time_table is not None:
             self.time_table = nnx.Param(jnp.zeros((config.time_table, sinusoids), jnp.float32))
         if config.num_classes is not None:  # the last row stands for "no label"
-            shape = (config.num_classes + config.no_label, temb)
+            shape = (config.num_classes + config.null_label, temb)
             self.label_embedding = nnx.Param(jnp.zeros(shape, jnp.float32))
         if config.class_embedding == "timestep":
             self.label = layers()
