@@ -1,4 +1,4 @@
-"""A network in closed form, for JAX, NumPy and torch, and models that are sampled as diffusers says.
+"""A network in closed form, for JAX, NumPy and torch, and models sampled as diffusers says.
 
 x̂_0 = 1.4 tanh(1.2 √ᾱ x + 0.4 sin(i/150)), i = t − 1, beyond ±1 so that clipping matters; ε and v
 follow from it.

@@ -101,6 +101,7 @@ def test_sample_the_shipped_model(command, tmp_path):
         **{"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear"},
         **{"method": "ddim", "tau": None, "clip": False, "seed": 0},
         **{"label": None, "labels": None, "guidance": None, "guidance_interval": None},
+        "as_stored": False,
     }
     with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
         command("sample digits --num-images 5 --steps 4 --eta 0.5")

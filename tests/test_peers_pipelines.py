@@ -1,4 +1,4 @@
-"""`model.sampler(steps)` beside what diffusers' pipelines draw with the same scheduler_config.json."""
+"""`model.sampler(steps)` beside what diffusers draws with the same scheduler_config.json."""
 
 import warnings
 

@@ -19,6 +19,7 @@ from ddim_jax.sampling import Method, find_method
 from ddim_jax.storage.files import portable
 from ddim_jax.training import parallel
 from ddim_jax.weights import Model, load_model
+from ddim_jax.weights.model import Stored, stored
 from ddim_jax.weights.pretrained import with_classes
 
 Spacing = Literal[
@@ -153,12 +154,16 @@ class Sampling(Way, Classes):
     seed: int = 0
 
     def __str__(self) -> str:
-        eta = f"eta = {self.eta:g}"
-        how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
-        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps}", how]
+        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps}", self.how]
         parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
+
+    @property
+    def how(self) -> str:
+        """The method."""
+        eta = f"eta = {self.eta:g}"
+        return eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
 
     @property
     def stem(self) -> str:
@@ -167,13 +172,12 @@ class Sampling(Way, Classes):
         asked = {short: getattr(self, name) for name, short in names.items()}
         marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
         steps = len(_numbers(self.tau)) if self.tau is not None else self.steps
-        eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
-        how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
+        how = self.how.replace(", ", "-").replace(" = ", "").replace(":", ".")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
 
     def words(self) -> list[str]:
         """The options that say all of this but the classes."""
-        defaults, words = Sampling(), list[str]()
+        defaults, words = type(self)(), list[str]()
         for name, value in dataclasses.asdict(self).items():
             if name in ("label", "labels") or value == getattr(defaults, name):
                 continue
@@ -230,6 +234,41 @@ class Sampling(Way, Classes):
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawing(Sampling):
+    """How to draw, or that the model says it.
+
+    Attributes:
+      as_stored: as the scheduler of a diffusers folder says: its method, spacing of τ and clipping.
+    """
+
+    as_stored: bool = False
+
+    @property
+    def how(self) -> str:
+        if not self.as_stored:
+            return super().how
+        return "as stored" + (f", eta = {self.eta:g}" if self.eta else "")
+
+    def check(self) -> Method:
+        """As `Sampling.check`."""
+        fields = {f: getattr(Sampling(), f) for f in ("method", "spacing", "tau", "clip")}
+        given = [f for f, default in fields.items() if getattr(self, f) != default]
+        if self.as_stored and given:
+            raise ValueError(
+                f"--as-stored takes {given[0]} from the model: leave out it or --{given[0]}"
+            )
+        return super().check()
+
+    def stored(self, model: Model, method: Method) -> Stored:
+        """Model, τ and method as asked for."""
+        if not self.as_stored:
+            return Stored(model, self.timesteps(model.schedule), method)
+        if "sampling" not in model.facts:
+            raise ValueError("the model does not say how it is sampled: leave out --as-stored")
+        return stored(model, self.steps, eta=self.eta or None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Processes:
     """Several processes; Slurm, Open MPI and Cloud TPU say these by themselves.
 
@@ -250,6 +289,7 @@ class Processes:
 SourceOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Source]
 ClassOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Classes]
 SamplingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Sampling]
+DrawingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Drawing]
 ProcessOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Processes]
 
 

@@ -14,8 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from ddim_jax.cli.options import (
+    DrawingOptions,
     Sampling,
-    SamplingOptions,
     Source,
     SourceOptions,
     check_writable,
@@ -33,7 +33,7 @@ FRAMES = 30  # at most, of an animation
 
 def sample(
     model: tyro.conf.Positional[str],
-    sampling: SamplingOptions,
+    sampling: DrawingOptions,
     source: SourceOptions,
     num_images: int = 64,
     first: int = 0,
@@ -89,9 +89,12 @@ def sample(
     classes = [None] * num_images if labels is None else labels.tolist()
     names = [None if label is None else name_of(loaded, label) for label in classes]
     singles = [] if each is None else _single_files(each, numbers, names, overwrite)
-    tau = sampling.timesteps(loaded.schedule)
+    told = loaded.facts.get("sampling")
+    if told and not sampling.as_stored:
+        print(f"drawn by {sampling.method}, and not as {model} says itself: --as-stored does that")
+    loaded, tau, method = sampling.stored(loaded, method)
     shown = _shown(num_images, loaded.image_shape) if gif or webp else 0
-    keep = _kept(len(tau)) if shown else None
+    keep = _kept(len(method(loaded.schedule, tau).t)) if shown else None
     draw, devices = make_drawer(
         loaded, tau, method, condition, sampling.seed, clip=sampling.clip, keep=keep
     )

@@ -59,7 +59,7 @@ def make_draw(
       mesh: n devices on one axis, "images".
       tau, method: as in `sample`.
       clip: as in `generate`.
-      keep: (S,) bool, the steps whose x̂_0 are wanted too; None for none of them.
+      keep: (S,) bool, the network's calls whose x̂_0 are wanted too; None for none of them.
 
     Returns:
       `(params, keys, numbers, labels, guidance, interval) → Drawn`: the weights, keys (2,) for x_T
@@ -73,7 +73,7 @@ def make_draw(
     plan = method(model.schedule, tau)
     check_network(network.apply_fn, plan)
     noisy = plan.steps.sigma is not None
-    keep = np.zeros(len(tau), bool) if keep is None else keep
+    keep = np.zeros(len(plan.t), bool) if keep is None else keep
 
     def draw(params: Any, keys: Array, numbers: Array, *inputs: Array | None) -> Drawn:
         x_T = initial_noise(keys[0], numbers, model.image_shape)
