@@ -77,7 +77,7 @@ def test_mean_and_variance_of_a_step(name):
     want, sigma2, _ = step_by_hand(X_T, 650, 300, 0.0, in_family)
     np.testing.assert_allclose(mean, want, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(sigma**2, sigma2, rtol=1e-12)
-    assert (sigma >= 0).all() and (not in_family or (sigma2 <= 1 - A[300]).all())
+    assert (sigma >= 0).all()
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -119,7 +119,8 @@ def test_the_family_keeps_to_the_limit_of_eq_7():
         with jax.enable_x64(True):
             steps = rows.steps(jax.tree.map(jnp.asarray, c), jnp.full(1000, share))
             sigma, direction = np.asarray(steps.sigma), np.asarray(steps.direction)
-        assert (sigma >= 0).all() and (sigma**2 <= limit * (1 + 1e-12)).all()
+        assert (sigma >= 0).all()
+        assert (sigma**2 <= limit * (1 + 1e-12)).all()
         np.testing.assert_allclose(sigma**2 + direction**2, limit, atol=1e-15)
         assert np.isfinite(direction).all()
 
@@ -156,7 +157,8 @@ def test_one_call_of_the_network_a_step_and_one_trace():
     x_T = jnp.asarray(X_T, jnp.float32)
     ddim.sample(learner, x_T, SCHEDULE, TAU, key=KEY, method=ddim.ddpm("learned"))
     jax.effects_barrier()
-    assert sorted(calls) == TAU.tolist() and len(traces) == 1
+    assert sorted(calls) == TAU.tolist()
+    assert len(traces) == 1
 
 
 def images_learner(w, x, t):
@@ -226,12 +228,10 @@ def test_refusals():
             ddim.encode_stochastic(LEARNER, x_T, SCHEDULE, TAU, key=KEY, method=method)
     with pytest.raises(ValueError, match="known already"):
         ddim.predicts(LEARNER, learned_variance=True)
-    with pytest.raises(ValueError, match="twice the channels"):
-        odd = ddim.predicts(lambda x, t: jnp.ones((3, 4, 3)), learned_variance=True)
-        ddim.sample(odd, x_T, SCHEDULE, TAU, key=KEY, method=ddim.ddpm("learned"))
-    with pytest.raises(ValueError, match="twice the channels"):
-        wrong = ddim.predicts(lambda x, t: jnp.ones((3, 4, 6)), learned_variance=True)
-        ddim.sample(wrong, x_T, SCHEDULE, TAU, key=KEY, method=ddim.ddpm("learned"))
+    for channels in (3, 6):
+        wrong = ddim.predicts(lambda x, t, n=channels: jnp.ones((3, 4, n)), learned_variance=True)
+        with pytest.raises(ValueError, match="twice the channels"):
+            ddim.sample(wrong, x_T, SCHEDULE, TAU, key=KEY, method=ddim.ddpm("learned"))
     with pytest.raises(ValueError, match='numbers or "learned"'):
         ddim.ddim(sigma="large")
     with pytest.raises(ValueError, match="final_noise"):

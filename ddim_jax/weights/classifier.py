@@ -16,14 +16,13 @@ from ddim_jax.arrays import Array
 from ddim_jax.networks.config import Params
 from ddim_jax.storage.weights_file import read_safetensors
 from ddim_jax.weights.containers import find_state
+from ddim_jax.weights.openai_config import MULTIPLIERS, unet_of
 from ddim_jax.weights.openai_flags import (
     DEFAULTS,
     HEAD_CHANNELS,
-    MULTIPLIERS,
     PASSED_OVER,
     Flags,
     check_flags,
-    unet_of,
 )
 from ddim_jax.weights.openai_format import find_flags, openai_name, split_heads
 from ddim_jax.weights.openai_published import published

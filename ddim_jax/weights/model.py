@@ -13,9 +13,11 @@ import numpy as np
 from ddim_jax.arrays import Array, ArrayLike, Denoiser
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts, timesteps
-from ddim_jax.process.prediction import prediction_of, variance_of
+from ddim_jax.process.prediction import prediction_of
 from ddim_jax.sampling import Method, ddim, make_sampler
 from ddim_jax.weights.diffusers_recipe import recipe
+from ddim_jax.weights.openai_config import openai_recipe
+from ddim_jax.weights.openai_flags import check_flags
 
 
 class Model(NamedTuple):
@@ -75,8 +77,9 @@ class Model(NamedTuple):
         """A jitted sampler `(x_T, key=None) → x_0` that draws what the model's own pipeline would.
 
         Of a diffusers folder that is what its scheduler says, see docs/weights.md: τ, method, and
-        what is done to x̂_0 unless the model says that itself. Where nothing is said, DDIM at η = 0
-        along `timesteps(T, steps)`.
+        what is done to x̂_0 unless the model says that itself; of OpenAI's networks what their
+        image_sample.py does with the flags. Where nothing is said, DDIM at η = 0 along
+        `timesteps(T, steps)`.
 
         Args:
           steps: S; by default that of the pipeline (`DDPMPipeline` 1000, else 50).
@@ -157,12 +160,15 @@ def stored(
         raise ValueError(f"give steps or tau, not both: got steps = {steps} and a tau")
     if eta is not None and method is not None:
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
-    told = model.facts.get("sampling")
-    if not isinstance(told, Mapping):
+    told, flags = model.facts.get("sampling"), model.facts.get("openai_flags")
+    if isinstance(told, Mapping):
+        how = recipe(told, eta, model.prediction.kind)
+    elif isinstance(flags, Mapping):
+        how = openai_recipe(check_flags(flags), eta)
+    else:
         if tau is None:
             tau = timesteps(model.schedule.num_steps, 50 if steps is None else steps)
         return Stored(model, tau, method or ddim(eta or 0.0))
-    how = recipe(told, eta, model.prediction.kind)
     if tau is None:
         most = model.schedule.num_steps
         tau = how.tau(model.schedule, min(how.steps, most) if steps is None else steps)

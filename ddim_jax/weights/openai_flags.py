@@ -15,10 +15,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
-
-from ddim_jax.networks.config import UNetConfig
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.weights.openai_config import GROUPS, MULTIPLIERS, attended, respaced
 
 Flags: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
 REPOSITORIES = ("guided-diffusion", "improved-diffusion")  # of our own flag "repository"
@@ -29,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     **{"use_scale_shift_norm": True, "resblock_updown": False, "use_new_attention_order": False},
     **{"learn_sigma": False, "sigma_small": False, "diffusion_steps": 1000},
     **{"noise_schedule": "linear", "timestep_respacing": "", "predict_xstart": False},
-    **{"rescale_timesteps": None, "clip_denoised": True},
+    **{"rescale_timesteps": None, "clip_denoised": True, "use_ddim": False},
     **{"classifier_width": 128, "classifier_depth": 2, "classifier_pool": "attention"},
     **{"classifier_attention_resolutions": (32, 16, 8), "classifier_resblock_updown": True},
     **{"classifier_use_scale_shift_norm": True},
@@ -41,18 +38,10 @@ PASSED_OVER = (
     *("rescale_learned_sigmas", "data_dir", "val_data_dir", "schedule_sampler", "lr", "ema_rate"),
     *("weight_decay", "lr_anneal_steps", "anneal_lr", "iterations", "batch_size", "microbatch"),
     *("noised", "log_interval", "eval_interval", "save_interval", "resume_checkpoint"),
-    *("model_path", "classifier_path", "classifier_scale", "num_samples", "use_ddim"),
+    *("model_path", "classifier_path", "classifier_scale", "num_samples"),
 )
 UPSAMPLERS = ("large_size", "small_size", "base_samples")
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
-MULTIPLIERS: dict[int, tuple[int | float, ...]] = {  # of channel_mult "", by image_size
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-    32: (1, 2, 2, 2),
-}
-GROUPS = 32  # of every GroupNorm of theirs
 HEAD_CHANNELS = 64  # of every classifier
 
 
@@ -137,122 +126,6 @@ def check_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     if flags["rescale_timesteps"] is None:
         flags["rescale_timesteps"] = flags["repository"] == "improved-diffusion"
     return flags
-
-
-def unet_of(flags: Mapping[str, Any], in_channels: int = 3, num_classes: int = 1000) -> UNetConfig:
-    """The network of `check_flags`' flags.
-
-    Args:
-      flags: all of them.
-      in_channels: of the image; no flag says it.
-      num_classes: where class_cond says that there are some.
-
-    Example:
-      >>> config = unet_of(check_flags({"image_size": 64, "learn_sigma": "True"}))
-      >>> config.widths, config.attention_resolutions, config.out_channels
-      ((128, 256, 384, 512), (16, 8), 6)
-    """
-    multipliers, channels = flags["channel_mult"], flags["num_channels"]
-    first = round(multipliers[0] * channels)  # the width of their first convolution too
-    widths = [round(m * channels) for m in multipliers]
-    ratios = [w // first if w % first == 0 else w / first for w in widths]
-    heads: dict[str, Any] = {"num_heads": flags["num_heads"]}
-    if flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
-        heads["num_heads_up"] = flags["num_heads_upsample"]
-    if flags["num_head_channels"] != -1:
-        heads = {"head_width": flags["num_head_channels"]}
-    way = "block" if flags["resblock_updown"] else "conv"
-    return UNetConfig(
-        image_size=flags["image_size"],
-        in_channels=in_channels,
-        channels=first,
-        multipliers=tuple(ratios),
-        num_blocks=flags["num_res_blocks"],
-        attention_resolutions=attended(flags["image_size"], flags["attention_resolutions"], widths),
-        dropout=flags["dropout"],
-        num_classes=num_classes if flags["class_cond"] else None,
-        norm_groups=GROUPS,
-        out_channels=2 * in_channels if flags["learn_sigma"] else None,
-        norm_eps=1e-5,
-        scale_shift=flags["use_scale_shift_norm"],
-        resample_down=way,
-        resample_up=way,
-        downsample_padding=(1, 1),
-        cosine_first=True,
-        frequency_shift=0,
-        sinusoids=None if first == channels else channels,
-        time_width=None if first == channels else 4 * channels,
-        no_label=not flags["class_cond"],
-        time_scale=time_scale(flags),
-        **heads,
-    )
-
-
-def schedule_of(flags: Mapping[str, Any]) -> ScheduleConfig:
-    """The noise schedule of `check_flags`' flags: their linear one has its β multiplied by 1000/T.
-
-    Example:
-      >>> schedule_of(check_flags({"diffusion_steps": 4000, "rescale_timesteps": True})).facts()
-      {'kind': 'linear', 'num_steps': 4000, ..., 'rescale_betas': True}
-    """
-    steps, kind = flags["diffusion_steps"], flags["noise_schedule"]
-    return ScheduleConfig(kind, steps, rescale_betas=kind == "linear" and steps != 1000)
-
-
-def time_scale(flags: Mapping[str, Any]) -> float:
-    """What the network's index t − 1 is multiplied by: 1000/T with rescale_timesteps, else 1."""
-    return 1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0
-
-
-def attended(size: int, resolutions: tuple[int, ...], levels: Any) -> tuple[int, ...]:
-    """The levels' resolutions that have attention; theirs that no level has are without meaning.
-
-    Example:
-      >>> attended(64, (32, 16, 4), [1, 2, 3, 4])
-      (32, 16)
-    """
-    strides = {size // resolution for resolution in resolutions}
-    return tuple(size // 2**level for level in range(len(levels)) if 2**level in strides)
-
-
-def respaced(num_steps: int, respacing: str) -> np.ndarray:
-    """τ of their timestep_respacing, in 1..T.
-
-    "ddim25" walks with the smallest whole stride that makes 25 steps from t = 1. "10,20" cuts 1..T
-    into that many equal parts and spreads so many steps over each, ends included. "" is all of T.
-
-    Args:
-      num_steps: T.
-      respacing: the flag.
-
-    Returns:
-      (S,) strictly increasing ints.
-
-    Raises:
-      ValueError: no stride makes so many steps, or a part has fewer.
-
-    Example:
-      >>> respaced(1000, "ddim5").tolist(), respaced(10, "2,3").tolist()
-      ([1, 201, 401, 601, 801], [1, 5, 6, 8, 10])
-    """
-    if respacing.startswith("ddim"):
-        count = int(respacing.removeprefix("ddim"))
-        for stride in range(1, num_steps):
-            if len(tau := np.arange(1, num_steps + 1, stride)) == count:
-                return tau
-        raise ValueError(f"no whole stride makes {count} steps of {num_steps}")
-    counts = [int(word) for word in respacing.split(",")] if respacing else [num_steps]
-    whole, rest = divmod(num_steps, len(counts))
-    tau: list[int] = []
-    start = 1
-    for i, count in enumerate(counts):
-        size = whole + (i < rest)
-        if not 1 <= count <= size:
-            raise ValueError(f"{count} steps do not fit into a part of {size} of {num_steps}")
-        stride = (size - 1) / max(count - 1, 1)
-        tau += [start + round(k * stride) for k in range(count)]
-        start += size
-    return np.array(tau)
 
 
 def _typed(default: Any, value: Any) -> Any:

@@ -19,14 +19,8 @@ import numpy as np
 
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.weights.diffusers_format import Contents
-from ddim_jax.weights.openai_flags import (
-    Flags,
-    check_flags,
-    read_flags,
-    respaced,
-    schedule_of,
-    unet_of,
-)
+from ddim_jax.weights.openai_config import schedule_of, unet_of
+from ddim_jax.weights.openai_flags import Flags, check_flags, read_flags
 from ddim_jax.weights.openai_published import PUBLISHED, published
 from ddim_jax.weights.state_dict import from_state_dict
 
@@ -78,11 +72,7 @@ def read_openai(
     classes = _shape(state, "label_emb.weight")[0] if "label_emb.weight" in state else 0
     config = unet_of(all_flags, in_channels, classes)
     params = network_params(state, config, all_flags["use_new_attention_order"])
-    steps = all_flags["diffusion_steps"]
-    sampling: dict[str, Any] = {"clip_sample": all_flags["clip_denoised"]}
-    if all_flags["timestep_respacing"]:
-        sampling["tau"] = respaced(steps, all_flags["timestep_respacing"]).tolist()
-    own = {"names": "OpenAI", "flags": dict(given), "sampling": sampling, **facts}
+    own = {"names": "OpenAI", "openai_flags": dict(given), **facts}
     prediction = "x_0" if all_flags["predict_xstart"] else "eps"
     return Contents(params, config, schedule_of(all_flags), prediction, own)
 
@@ -156,7 +146,7 @@ def openai_name(name: str, config: UNetConfig) -> str:
     if parts := re.fullmatch(r"(down|up)\.(\d+)\.(\w+)\.(.*)", name):
         way, level, what, rest = parts[1], int(parts[2]), parts[3], parts[4]
         down = way == "down"
-        start = f"input_blocks.{{}}" if down else "output_blocks.{}"
+        start = "input_blocks.{}" if down else "output_blocks.{}"
         base = 1 + level * per if down else (last - level) * per
         if what in ("block", "attn"):
             number, _, rest = rest.partition(".")

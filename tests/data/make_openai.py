@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, drawn, noise, weights  # noqa: E402
+from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, drawn, noise, weights
 
 OUT = pathlib.Path(__file__).with_name("openai.npz")
 
@@ -73,7 +73,7 @@ def main(guided, improved):
         out[f"{name} tau"] = np.array(diffusion.timestep_map) + 1
         draws = noise(name, steps, flags["image_size"]).transpose(0, 1, 4, 2, 3)
         queue = iter(torch.from_numpy(draws[1:]))
-        real, torch.randn_like = torch.randn_like, lambda x: next(queue)
+        real, torch.randn_like = torch.randn_like, lambda x, queue=queue: next(queue)
         try:
             x_0 = getattr(diffusion, loop)(
                 network,
