@@ -167,7 +167,9 @@ def test_every_published_file_is_known_by_its_name():
 def folder(tmp_path_factory):
     """A file of theirs, and its flags in another."""
     folder = tmp_path_factory.mktemp("openai")
-    write_safetensors(folder / "mine.safetensors", state_of("legacy heads"), {"format": "pt"})
+    for name, case in (("mine", "legacy heads"), ("classes", "head channels")):
+        write_safetensors(folder / f"{name}.safetensors", state_of(case), {"format": "pt"})
+    (folder / "classes.json").write_text(json.dumps(CASES["head channels"]))
     flags = {**CASES["legacy heads"], "timestep_respacing": "ddim5", "use_ddim": True, "lr": 1e-4}
     (folder / "flags.json").write_text(json.dumps(flags))
     classifier = "classifier attention"
@@ -205,11 +207,14 @@ def test_load_save_and_load_again(folder):
 
 def test_the_command_takes_flags(folder, command):
     where, flags = str(folder / "mine.safetensors"), str(folder / "flags.json")
-    out = str(folder / "drawn.png")
     shown = command(f"info {where} --flags {flags}")
     assert "timestep_respacing: ddim5" in shown
-    line = f"sample {where} --flags {flags} --steps 2 --num-images 2 --out {out}"
+    where, flags, out = (str(folder / f"classes.{end}") for end in ("safetensors", "json", "png"))
+    line = f"sample {where} --flags {flags} --steps 2 --num-images 2 --out {out} --labels 3,999"
     assert "2 images" in command(f"{line} --method ddpm-learned")
+    for more, words in (("--label 1000", "0..999"), ("--labels 3,1 --guidance 2", "no label")):
+        with pytest.raises(SystemExit, match=words):
+            command(f"{line.replace('--labels 3,999', more)} --overwrite")
 
 
 BAD_FLAGS = {

@@ -69,7 +69,7 @@ def learned_variance(
       >>> import ddim_jax as ddim
       >>> rows = learned_variance(ddim.linear_schedule(1000), np.array([9, 4]), np.array([4, 0]))
       >>> np.exp(rows.low).round(5).tolist(), np.exp(rows.high).round(5).tolist()
-      ([0.00036, 0.00036], [0.00085, 0.00052])
+      ([0.00035, 0.00035], [0.0011, 0.00052])
     """
     high = 2 * np.log(sigma_hat(schedule, t, s))
     with np.errstate(divide="ignore"):

@@ -122,6 +122,7 @@ def network_of(config: UNetConfig, prediction: Prediction, schedule: Schedule) -
 
     Example:
       >>> import ddim_jax as ddim
+      >>> from ddim_jax.process.prediction import variance_of
       >>> config = UNetConfig(out_channels=6)
       >>> network = network_of(config, Prediction(), ddim.linear_schedule(1000))
       >>> variance_of(network) is not None
