@@ -212,7 +212,7 @@ def test_the_command_takes_flags(folder, command):
     where, flags, out = (str(folder / f"classes.{end}") for end in ("safetensors", "json", "png"))
     line = f"sample {where} --flags {flags} --steps 2 --num-images 2 --out {out} --labels 3,999"
     assert "2 images" in command(f"{line} --method ddpm-learned")
-    for more, words in (("--label 1000", "0..999"), ("--labels 3,1 --guidance 2", "no label")):
+    for more, words in (("--label 1000", "0..999"), ("--labels 3,1 --guidance 2", "knows none")):
         with pytest.raises(SystemExit, match=words):
             command(f"{line.replace('--labels 3,999', more)} --overwrite")
 
