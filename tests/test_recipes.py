@@ -151,8 +151,6 @@ def test_all_bad_settings_stand_in_one_message():
         (DPM, {"timestep_spacing": "leading"}, 1000, "tau must increase strictly"),
         ("EulerDiscreteScheduler", {}, 8, "fractions of t for S = 8: take S - 1 a divisor of 999"),
         ("PNDMScheduler", {}, 3, "three Runge-Kutta steps and needs 4"),
-        (DPM, {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"}, 1000,
-         "the last step is to t = 1, and tau begins there"),
     ],
 )  # fmt: skip
 def test_too_many_or_too_few_steps(name, change, steps, says):
@@ -172,8 +170,8 @@ def test_pndm_converges_with_order_two_at_least(runge_kutta):
     with jax.enable_x64(True):
         x_T = np.array([[0.7, -1.1]])
         errors = []
-        for steps in (16, 32, 64):
-            tau = 1000 - 10 * (64 // steps) * np.arange(steps)[::-1]
+        for gap in (20, 10, 5):
+            tau = np.arange(1000, 399, -gap)[::-1]
             plan = pndm(runge_kutta)(schedule, tau)
             x, past = x_T, []
             for n in range(int((plan.t == 400).argmax())):  # Eq. 12 over the table's rows
