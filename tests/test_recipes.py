@@ -108,6 +108,7 @@ def test_pipelines_have_defaults(pipeline, settings, steps, name):
         (DPM, {"use_flow_sigmas": True}, "use_flow_sigmas is True"),
         (DPM, {"final_sigmas_type": "small"}, "final_sigmas_type is 'small'"),
         (DPM, {"lambda_min_clipped": None}, "lambda_min_clipped is None"),
+        (DPM, {"lambda_min_clipped": float("nan")}, "lambda_min_clipped is nan"),
         (DPM, {"variance_type": "learned"}, "variance_type is 'learned'"),
         (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order is 3 with"),
         (DPM, {"algorithm_type": "dpmsolver"}, "final_sigmas_type is 'zero' with 'dpmsolver'"),
