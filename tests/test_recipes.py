@@ -215,12 +215,13 @@ def test_a_recipe_goes_through_its_own_file():
             **{field: setting.default for field, setting in SAMPLERS.get(name, {}).items()},
         }
         schedule, prediction = schedule_config(settings)
-        facts = json.loads(json.dumps(sampling_facts(settings, "DDPMPipeline")))
+        facts = json.loads(json.dumps(sampling_facts(settings, "DDPMPipeline"), allow_nan=False))
         pipeline, written = whole_scheduler(facts, schedule, prediction)
         assert schedule_config(written) == (schedule, prediction)
         assert sampling_facts(json.loads(json.dumps(written)), pipeline) == facts | {
             "beta_schedule": written["beta_schedule"]
         }
+    assert sampling_facts({"sample_max_value": float("nan")}) == {"sample_max_value": "nan"}
     zero = ScheduleConfig(zero_terminal_snr=True)
     with pytest.raises(ValueError, match="PNDMScheduler of diffusers has no zero terminal SNR"):
         whole_scheduler({"_class_name": "PNDMScheduler"}, zero, "v")

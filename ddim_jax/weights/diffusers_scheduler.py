@@ -152,6 +152,9 @@ def sampling_facts(scheduler: Mapping[str, Any], pipeline: str | None = None) ->
       {'_class_name': 'DDPMScheduler', '_pipeline': 'DDPMPipeline'}
     """
     kept = {n: v for n, v in scheduler.items() if n not in OF_SCHEDULE or n == "beta_schedule"}
+    if kept.get("lambda_min_clipped") == -math.inf:  # its default, and no JSON
+        del kept["lambda_min_clipped"]
+    kept = {n: str(v) if _is_infinite(v) else v for n, v in kept.items()}
     return kept | ({} if pipeline is None else {"_pipeline": pipeline})
 
 
@@ -203,6 +206,10 @@ def refuse(problems: list[tuple[str, str]], advice: str = "") -> None:
 
 def _real(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _betas(value: Any, steps: int) -> bool:
