@@ -108,6 +108,7 @@ def test_pipelines_have_defaults(pipeline, settings, steps, name):
         (DPM, {"use_flow_sigmas": True}, "use_flow_sigmas is True"),
         (DPM, {"final_sigmas_type": "small"}, "final_sigmas_type is 'small'"),
         (DPM, {"lambda_min_clipped": None}, "lambda_min_clipped is None"),
+        (DPM, {"lambda_min_clipped": float("nan")}, "lambda_min_clipped is nan"),
         (DPM, {"variance_type": "learned"}, "variance_type is 'learned'"),
         (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order is 3 with"),
         (DPM, {"algorithm_type": "dpmsolver"}, "final_sigmas_type is 'zero' with 'dpmsolver'"),
@@ -151,8 +152,6 @@ def test_all_bad_settings_stand_in_one_message():
         (DPM, {"timestep_spacing": "leading"}, 1000, "tau must increase strictly"),
         ("EulerDiscreteScheduler", {}, 8, "fractions of t for S = 8: take S - 1 a divisor of 999"),
         ("PNDMScheduler", {}, 3, "three Runge-Kutta steps and needs 4"),
-        (DPM, {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"}, 1000,
-         "the last step is to t = 1, and tau begins there"),
     ],
 )  # fmt: skip
 def test_too_many_or_too_few_steps(name, change, steps, says):
@@ -172,8 +171,8 @@ def test_pndm_converges_with_order_two_at_least(runge_kutta):
     with jax.enable_x64(True):
         x_T = np.array([[0.7, -1.1]])
         errors = []
-        for steps in (16, 32, 64):
-            tau = 1000 - 10 * (64 // steps) * np.arange(steps)[::-1]
+        for gap in (20, 10, 5):
+            tau = np.arange(1000, 399, -gap)[::-1]
             plan = pndm(runge_kutta)(schedule, tau)
             x, past = x_T, []
             for n in range(int((plan.t == 400).argmax())):  # Eq. 12 over the table's rows
@@ -216,12 +215,13 @@ def test_a_recipe_goes_through_its_own_file():
             **{field: setting.default for field, setting in SAMPLERS.get(name, {}).items()},
         }
         schedule, prediction = schedule_config(settings)
-        facts = json.loads(json.dumps(sampling_facts(settings, "DDPMPipeline")))
+        facts = json.loads(json.dumps(sampling_facts(settings, "DDPMPipeline"), allow_nan=False))
         pipeline, written = whole_scheduler(facts, schedule, prediction)
         assert schedule_config(written) == (schedule, prediction)
         assert sampling_facts(json.loads(json.dumps(written)), pipeline) == facts | {
             "beta_schedule": written["beta_schedule"]
         }
+    assert sampling_facts({"sample_max_value": float("nan")}) == {"sample_max_value": "nan"}
     zero = ScheduleConfig(zero_terminal_snr=True)
     with pytest.raises(ValueError, match="PNDMScheduler of diffusers has no zero terminal SNR"):
         whole_scheduler({"_class_name": "PNDMScheduler"}, zero, "v")

@@ -19,7 +19,6 @@ from ddim_jax.sampling import Method, find_method
 from ddim_jax.storage.files import portable
 from ddim_jax.training import parallel
 from ddim_jax.weights import Model, load_model
-from ddim_jax.weights.model import Stored, stored
 from ddim_jax.weights.pretrained import with_classes
 
 Spacing = Literal[
@@ -45,6 +44,8 @@ class Source:
       revision: of a model org/name on the Hub, a branch, tag or commit.
       subfolder: of a model on the Hub, the folder in its repository.
       filename: of a model on the Hub, the file, where there are several.
+      flags: of a network of OpenAI's: a JSON file of their flags, the name of a model that they
+        published, such as guided-imagenet64, or their command line in quotes.
     """
 
     step: int | None = None
@@ -58,6 +59,7 @@ class Source:
     revision: str | None = None
     subfolder: str | None = None
     filename: str | None = None
+    flags: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {
@@ -231,41 +233,6 @@ class Sampling(Way, Classes):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing(Sampling):
-    """How to draw, or that the model says it.
-
-    Attributes:
-      as_stored: as the scheduler of a diffusers folder says: its method, spacing of τ and clipping.
-    """
-
-    as_stored: bool = False
-
-    @property
-    def how(self) -> str:
-        if not self.as_stored:
-            return super().how
-        return "as stored" + (f", eta = {self.eta:g}" if self.eta else "")
-
-    def check(self) -> Method:
-        """As `Sampling.check`."""
-        fields = {f: getattr(Sampling(), f) for f in ("method", "spacing", "tau", "clip")}
-        given = [f for f, default in fields.items() if getattr(self, f) != default]
-        if self.as_stored and given:
-            raise ValueError(
-                f"--as-stored takes {given[0]} from the model: leave out it or --{given[0]}"
-            )
-        return super().check()
-
-    def stored(self, model: Model, method: Method) -> Stored:
-        """Model, τ and method as asked for."""
-        if not self.as_stored:
-            return Stored(model, self.timesteps(model.schedule), method)
-        if "sampling" not in model.facts:
-            raise ValueError("the model does not say how it is sampled: leave out --as-stored")
-        return stored(model, self.steps, eta=self.eta or None)
-
-
-@dataclasses.dataclass(frozen=True)
 class Processes:
     """Several processes; Slurm, Open MPI and Cloud TPU say these by themselves.
 
@@ -286,7 +253,6 @@ class Processes:
 SourceOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Source]
 ClassOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Classes]
 SamplingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Sampling]
-DrawingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Drawing]
 ProcessOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Processes]
 
 

@@ -31,6 +31,7 @@ from ddim_jax.generation.program import (
     rounded,
 )
 from ddim_jax.sampling import Method, find_method
+from ddim_jax.sampling.plan import check_network
 from ddim_jax.storage.files import write_whole
 from ddim_jax.storage.weights_file import read_safetensors, write_safetensors
 from ddim_jax.version import __version__
@@ -123,7 +124,7 @@ def export_sampler(
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
     plan = chosen(model.schedule, tau)
     network = conditioned(in_dtype(model, dtype), clip)
-    network.prediction.check(plan.told or plan.steps)
+    check_network(network.apply_fn, plan)
     arrays = {name: rounded(name, leaf, dtype) for name, leaf in named(model.params).items()}
     classes = model.config.num_classes if model.config is not None else None
     inputs = inputs_of(plan, shape, start, classes, guidance)

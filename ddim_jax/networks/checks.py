@@ -97,7 +97,7 @@ def _check_words(config: Any) -> None:
                 f"{name} must be 'conv', 'block' or 'pool', or a tuple of {steps} of them, one "
                 f"between two levels each; got {given!r}"
             )
-    for name in ("norm_eps", "middle_scale"):
+    for name in ("norm_eps", "middle_scale", "time_scale"):
         if not _is_number(x := getattr(config, name)) or not 0 < x < math.inf:
             raise ValueError(f"{name} must be a number above 0, got {x!r}")
 

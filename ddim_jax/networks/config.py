@@ -67,6 +67,7 @@ class UNetConfig:
             labels are (B, time_width) embeddings themselves.
         null_label: the table has one more row, label K = `num_classes`, for "no label".
         centre_input: the network takes 2 x − 1.
+        time_scale: what the index t − 1 is multiplied by before it is embedded.
 
     Raises:
         TypeError, ValueError: naming the field, what was got and what would do.
@@ -113,6 +114,7 @@ class UNetConfig:
     class_embedding: str = "table"
     null_label: bool = True
     centre_input: bool = False
+    time_scale: float = 1.0
 
     @property
     def resolutions(self) -> tuple[int, ...]:

@@ -190,6 +190,8 @@ def _lacks(
         yield f"multipliers[0] is {config.multipliers[0]}, it has 1"
     if config.sinusoids not in (None, first):
         yield f"sinusoids are {config.sinusoids}, it has {first}, the width of the first level"
+    if config.time_scale != 1:
+        yield f"time_scale is {config.time_scale}, it has 1"
     for name, levels in (("resample_down", down), ("resample_up", up)):
         if "pool" in {way for _, way in levels}:
             yield f"{name} has 'pool', it has 'conv' and 'block'"
