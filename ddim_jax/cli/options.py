@@ -33,11 +33,19 @@ class Source:
 
     Attributes:
       step: which checkpoint of a run folder, the latest by default.
-      config: the network of a PyTorch checkpoint: cifar10, celeba64 or lsun256.
+      config: the network of a PyTorch checkpoint: cifar10, celeba64, lsun256 or a config.json.
       image_size: of a PyTorch checkpoint of another network, a side or height and width; its
-        shapes tell the rest.
+        shapes tell the rest. Of a diffusers folder, in place of its own.
       schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
       prediction: what the network predicts, in place of what the file says; noise if neither says.
+      part: of a checkpoint with several networks, the name of one, such as ema.
+      variant: of a diffusers folder, such as fp16.
+      ignore: tensors beside the network's to leave out, such as logvar; * stands for anything.
+      revision: of a model org/name on the Hub, a branch, tag or commit.
+      subfolder: of a model on the Hub, the folder in its repository.
+      filename: of a model on the Hub, the file, where there are several.
+      flags: of a network of OpenAI's: a JSON file of their flags, the name of a model that they
+        published, such as guided-imagenet64, or their command line in quotes.
     """
 
     step: int | None = None
@@ -45,6 +53,13 @@ class Source:
     image_size: int | tuple[int, int] | None = None
     schedule: Literal["linear", "cosine"] | None = None
     prediction: Literal["eps", "x_0", "v", "edm"] | None = None
+    part: str | None = None
+    variant: str | None = None
+    ignore: tuple[str, ...] | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    filename: str | None = None
+    flags: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {

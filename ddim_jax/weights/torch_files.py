@@ -29,6 +29,16 @@ DAMAGE = (
 )
 
 
+CLEAN = """
+Where you trust it, and have PyTorch and the program that wrote it, make a clean file:
+  d = torch.load({path!r}, map_location="cpu", weights_only=False)  # this runs what is in it
+  torch.save(d["state_dict"], "clean.pt")  # or d["model"], d["ema"], d.state_dict()"""
+
+
+class _ForeignObject(ValueError):
+    """The pickle names an object that is not plain data."""
+
+
 class _Storage(NamedTuple):
     """A run of bytes that tensors are views of."""
 
@@ -67,6 +77,11 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
         if head.startswith(ZIP_HEAD):
             return _load_zip(path)
         raise ValueError("it begins like neither of the two formats of torch.save")
+    except _ForeignObject as error:
+        hint = CLEAN.format(path=str(path))
+        raise ValueError(
+            f"{path} is not a PyTorch file that can be read here: {error}{hint}"
+        ) from error
     except DAMAGE as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a PyTorch file that can be read here: {reason}") from error
@@ -309,9 +324,9 @@ def _size(sizes: tuple[int, ...]) -> tuple[int, ...]:
 def _global(name: str) -> Any:
     """What stands here for a Python object that a pickle names as "module name"."""
     if name not in GLOBALS:
-        raise ValueError(
+        raise _ForeignObject(
             f"it asks for the Python object {name.replace(' ', '.')}, which is not plain data; "
-            "refused, and nothing was run. (A file you trust can be saved again as a state_dict())"
+            "refused, and nothing was run."
         )
     return GLOBALS[name]
 
