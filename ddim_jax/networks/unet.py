@@ -6,7 +6,7 @@ The layers are Flax NNX; at the border there are only a pure function and a dict
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,7 +142,8 @@ class UNet(nnx.Module):
         self, temb: jax.Array, dropout_key: jax.Array | None
     ) -> Callable[[Any, jax.Array], jax.Array]:
         """What runs the residual blocks, each with a key of its own."""
-        keys = _keys(dropout_key)
+        fold, numbers = jax.random.fold_in, itertools.count()
+        keys = (None if dropout_key is None else fold(dropout_key, i) for i in numbers)
 
         def run(block: Any, h: jax.Array) -> jax.Array:
             called = jax.checkpoint(block.__call__) if self.config.remat else block
@@ -164,13 +165,11 @@ class UNet(nnx.Module):
                 skips.append(level["downsample"](skips[-1], residual))
 
         h = skips[-1]
-        for name in (name for name in ("block_1", "attn_1", "block_2") if name in self.mid):
-            h = self.mid[name](h) if name == "attn_1" else residual(self.mid[name], h)
+        if "block_1" in self.mid:
+            h = residual(self.mid["block_1"], h)
+            h = self.mid["attn_1"](h) if "attn_1" in self.mid else h
+            h = residual(self.mid["block_2"], h)
         return skips, h
-
-
-def _keys(key: jax.Array | None) -> Iterator[jax.Array | None]:
-    return (None if key is None else jax.random.fold_in(key, i) for i in itertools.count())
 
 
 @functools.cache
