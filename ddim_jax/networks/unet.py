@@ -20,12 +20,12 @@ from ddim_jax.networks.blocks import (
     Resample,
     ResnetBlock,
     conv3,
-    dense,
     in_order,
     middle,
     numbered,
     rows,
     timestep_embedding,
+    two_layers,
 )
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.networks.inputs import check_inputs, check_params
@@ -81,19 +81,14 @@ class UNet(nnx.Module):
         """The layers of time and label, all weights of the same width `temb`."""
         config = self.config
         sinusoids = config.sinusoids or config.channels
-
-        def layers() -> nnx.Dict:
-            sizes = ((sinusoids, temb), (temb, temb))
-            return nnx.Dict(dense=numbered([dense(*size, config) for size in sizes]))
-
-        self.temb = layers()
+        self.temb = two_layers(sinusoids, temb, config)
         if config.time_table is not None:
             self.time_table = nnx.Param(jnp.zeros((config.time_table, sinusoids), jnp.float32))
         if config.num_classes is not None:  # the last row stands for "no label"
             shape = (config.num_classes + config.null_label, temb)
             self.label_embedding = nnx.Param(jnp.zeros(shape, jnp.float32))
         if config.class_embedding == "timestep":
-            self.label = layers()
+            self.label = two_layers(sinusoids, temb, config)
 
     def embedding(self, index: jax.Array, labels: jax.Array | None) -> jax.Array:
         """(B, embedding_width), of time and label."""
