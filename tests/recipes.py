@@ -1,8 +1,10 @@
-"""A network in closed form, for JAX, NumPy and torch, and models that are sampled as diffusers says.
+"""A network in closed form, for JAX, NumPy and torch, and models sampled as diffusers says.
 
 x̂_0 = 1.4 tanh(1.2 √ᾱ x + 0.4 sin(i/150)), i = t − 1, beyond ±1 so that clipping matters; ε and v
 follow from it.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +43,10 @@ def model_of(settings, pipeline=None):
     return ddim.Model(ddim.predicts(apply_fn, prediction), None, schedule, None, facts)
 
 
-@jax.jit
-def noise(t):
+@partial(jax.jit, static_argnums=1)
+def noise(t, shape=SHAPE):
     """`sample`'s z at t: image i's from fold_in(fold_in(key, i), t)."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(KEY, i), t))(
-        jnp.arange(SHAPE[0])
+        jnp.arange(shape[0])
     )
-    return jax.vmap(lambda k: jax.random.normal(k, SHAPE[1:]))(keys)
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(keys)

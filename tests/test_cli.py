@@ -28,6 +28,7 @@ from ddim_jax.training.presets import PRESETS
 from ddim_jax.weights import load_model, save_model, to_facts
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import torch_writer
+from tests.test_diffusers_format import write_folder
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def test_sample_the_shipped_model(command, tmp_path):
         **{"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear"},
         **{"method": "ddim", "tau": None, "clip": False, "seed": 0},
         **{"label": None, "labels": None, "guidance": None, "guidance_interval": None},
+        "as_stored": False,
     }
     with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
         command("sample digits --num-images 5 --steps 4 --eta 0.5")
@@ -108,6 +110,32 @@ def test_sample_the_shipped_model(command, tmp_path):
     with Image.open(path) as image:  # another batch size, the same images
         assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1
     command("sample digits --num-images 1 --steps 3 --method ddpm-large --clip --out hat.png")
+
+
+def test_sample_as_a_diffusers_folder_says(command, tmp_path):
+    scheduler = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "novel": 1}
+    folder = write_folder(tmp_path / "theirs", scheduler=scheduler)
+    draw = "sample theirs --num-images 2 --steps 3 --batch-size 2"
+    assert "drawn by ddim, and not as theirs says itself: --as-stored does" in command(draw)
+    with pytest.raises(SystemExit, match="novel is unknown; .*make_sampler"):
+        command(f"{draw} --as-stored")
+    del scheduler["novel"]
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    said = command(f"{draw} --as-stored --out all.png --gif all.gif")  # 4 calls for 3 steps
+    assert "all.gif: 4 frames of 2 images, S = 3, as stored, seed 0" in said
+    with Image.open(tmp_path / "all.png") as image:
+        assert json.loads(image.text["ddim_jax"])["as_stored"]
+    command(f"{draw} --as-stored")
+    assert (tmp_path / "theirs-S3-as_stored-seed0.png").exists()
+    for option, says in (
+        ("--clip", "--as-stored takes clip from the model"),
+        ("--method unipc-2", "--as-stored takes method from"),
+        ("--eta 1", "eta = 1.0 goes with DDIMScheduler"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            command(f"{draw} --as-stored {option} --out other.png")
+    with pytest.raises(SystemExit, match="does not say how it is sampled: leave out --as-stored"):
+        command("sample digits --as-stored --out other.png")
 
 
 def test_fine_tune_a_saved_model_with_classes(command, tmp_path):

@@ -33,7 +33,7 @@ DOORS = {
     "datasets": {"data.hugging_face"},
     "diffrax": {"sampling.density"},
     "flatbuffers": {"generation.artifact"},
-    "flax": {"networks.blocks", "networks.unet"},
+    "flax": {"networks.blocks", "networks.classifier", "networks.unet"},
     "grain": {"data.streams"},
     "huggingface_hub": {"weights.hub"},
     "matplotlib": {"pictures.plots"},

@@ -12,10 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ddim_jax as ddim
+from ddim_jax.data import load
+from ddim_jax.generation.artifact import export_sampler
+from ddim_jax.generation.condition import condition
 from ddim_jax.networks.blocks import average, timestep_embedding
 from ddim_jax.networks.flops import count_flops
 from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params, make_apply
 from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.training.resuming import check_facts
+from ddim_jax.training.starting import start_from
 from ddim_jax.weights import from_facts, to_facts
 from ddim_jax.weights.diffusers_config import unet_config
 from ddim_jax.weights.diffusers_format import diffusers_name
@@ -83,7 +89,7 @@ def test_shapes_of_what_diffusers_has_not():
     assert shapes(own)["temb.dense.0.kernel"] == (20, 12)
     assert shapes(own)["down.0.block.0.temb_proj.kernel"] == (12, 8)
     assert shapes(dataclasses.replace(SMALL, out_channels=6))["conv_out.kernel"] == (3, 3, 8, 6)
-    labels = dataclasses.replace(SMALL, num_classes=3, no_label=False)
+    labels = dataclasses.replace(SMALL, num_classes=3, null_label=False)
     assert shapes(labels)["label_embedding"] == (3, 32)
     for config in (pooled, own, labels):
         y = jax.eval_shape(
@@ -156,11 +162,37 @@ def test_initial_weights():
         apply_fn(params, np.zeros(X.shape, "f4"), np.array([1.5, 40]), labels=np.array([0, 39]))
 
 
+def test_without_a_row_for_no_label_nothing_is_drawn_guided_or_hidden_without_one(tmp_path):
+    config = dataclasses.replace(SMALL, num_classes=3, null_label=False)
+    apply_fn, params = build(config, jax.random.key(0))
+    facts = to_facts(ScheduleConfig(), config)
+    model = ddim.Model(apply_fn, params, ddim.linear_schedule(1000), config, facts)
+    assert condition(model, "all").labels == (0, 1, 2)
+    for labels in (None, "none", 3, [0, 3]):
+        with pytest.raises(ValueError, match=r"no row for none of them: give labels in 0\.\.2"):
+            condition(model, labels)
+    with pytest.raises(ValueError, match="guidance leads away .* leave it out"):
+        condition(model, 1, guidance=2.0)
+    with pytest.raises(ValueError, match="guidance leads away"):
+        export_sampler(model, [1, 1000], tmp_path / "x.stablehlo")
+    embedded = model._replace(config=dataclasses.replace(SMALL, class_embedding="identity"))
+    with pytest.raises(ValueError, match="labels of this network are no classes"):
+        condition(embedded)
+    with pytest.raises(ValueError, match=r"keep num_classes=3, got 4"):
+        start_from(model, dataclasses.replace(config, num_classes=4))
+    again = start_from(model, dataclasses.replace(config, dropout=0.2))
+    assert again.facts["model"]["null_label"] is False
+    dataset = load("digits")
+    told = {"train": {"label_dropout": 0.1}, **facts}
+    with pytest.raises(ValueError, match=r"set label_dropout=0 \(--train.label-dropout 0\)"):
+        check_facts(told, params, model.schedule, dataset, 3, tmp_path, print)
+
+
 @pytest.mark.parametrize(
     ("change", "labels", "message"),
     [
-        ({"num_classes": 3, "no_label": False}, None, r"without labels: give \(B,\) in 0\.\.2, as"),
-        ({"num_classes": 3, "no_label": False}, [0, 3], r"in 0\.\.2, .* got 3"),
+        ({"num_classes": 3, "null_label": False}, None, r"without labels: give \(B,\) in 0\.\.2, as"),
+        ({"num_classes": 3, "null_label": False}, [0, 3], r"in 0\.\.2, .* got 3"),
         ({"class_embedding": "timestep"}, None, r"without labels: give \(B,\) numbers >= 0"),
         ({"class_embedding": "timestep"}, [1.5, -1.0], "numbers >= 0, embedded as time is; got -1"),
         ({"class_embedding": "identity"}, None, r"without labels: give \(B, 32\) embeddings"),

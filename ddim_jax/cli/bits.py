@@ -28,7 +28,8 @@ class Bits:
       num_images: how many images of the data, drawn without replacement by --seed; by default 256,
         or all where there are fewer.
       num_terms: of the bound, draw so many t for each image; 0 sums over all.
-      variance: of the bound, that of p: small is σ(η)², large is σ̂².
+      variance: of the bound, that of p: small is σ(η)², large is σ̂², and learned is the network's
+        own; by default learned where the network learned it, else small.
       eta: of the bound, above 0; 1 is DDPM.
       clip: of the bound and the ODE, clip each predicted x_0 to [−1, 1].
       probes: of the ODE, random vectors an image; 0 takes the exact trace, one derivative a pixel.
@@ -42,7 +43,7 @@ class Bits:
     bits: Literal["bound", "ode"] | None = None
     num_images: int | None = None
     num_terms: int = 0
-    variance: Literal["small", "large"] = "small"
+    variance: Literal["small", "large", "learned"] | None = None
     eta: float = 1.0
     clip: bool = False
     probes: int = 1

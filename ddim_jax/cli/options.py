@@ -35,7 +35,7 @@ class Source:
       step: which checkpoint of a run folder, the latest by default.
       config: the network of a PyTorch checkpoint: cifar10, celeba64, lsun256 or a config.json.
       image_size: of a PyTorch checkpoint of another network, a side or height and width; its
-        shapes tell the rest.
+        shapes tell the rest. Of a diffusers folder, in place of its own.
       schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
       prediction: what the network predicts, in place of what the file says; noise if neither says.
       part: of a checkpoint with several networks, the name of one, such as ema.
@@ -44,6 +44,8 @@ class Source:
       revision: of a model org/name on the Hub, a branch, tag or commit.
       subfolder: of a model on the Hub, the folder in its repository.
       filename: of a model on the Hub, the file, where there are several.
+      flags: of a network of OpenAI's: a JSON file of their flags, the name of a model that they
+        published, such as guided-imagenet64, or their command line in quotes.
     """
 
     step: int | None = None
@@ -57,6 +59,7 @@ class Source:
     revision: str | None = None
     subfolder: str | None = None
     filename: str | None = None
+    flags: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {
@@ -150,12 +153,16 @@ class Sampling(Way, Classes):
     seed: int = 0
 
     def __str__(self) -> str:
-        eta = f"eta = {self.eta:g}"
-        how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
-        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps}", how]
+        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps}", self.how]
         parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
+
+    @property
+    def how(self) -> str:
+        """The method."""
+        eta = f"eta = {self.eta:g}"
+        return eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
 
     @property
     def stem(self) -> str:
@@ -164,13 +171,12 @@ class Sampling(Way, Classes):
         asked = {short: getattr(self, name) for name, short in names.items()}
         marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
         steps = len(_numbers(self.tau)) if self.tau is not None else self.steps
-        eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
-        how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
+        how = self.how.replace(", ", "-").replace(" = ", "").replace(":", ".")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
 
     def words(self) -> list[str]:
         """The options that say all of this but the classes."""
-        defaults, words = Sampling(), list[str]()
+        defaults, words = type(self)(), list[str]()
         for name, value in dataclasses.asdict(self).items():
             if name in ("label", "labels") or value == getattr(defaults, name):
                 continue

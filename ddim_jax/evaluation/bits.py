@@ -14,7 +14,9 @@ from tqdm import tqdm
 from ddim_jax.arrays import Array, ArrayLike, image_keys
 from ddim_jax.evaluation.figures import Figure
 from ddim_jax.pictures.images import to_model
+from ddim_jax.process.prediction import variance_of
 from ddim_jax.sampling import dequantise, ode_density, variational_bound
+from ddim_jax.sampling.learned import with_variance
 from ddim_jax.weights import Model
 
 BY = ("bound", "ode")
@@ -52,7 +54,7 @@ def bits_per_dim(
     *,
     tau: ArrayLike | None = None,
     eta: float = 1.0,
-    variance: str = "small",
+    variance: str | None = None,
     num_terms: int | None = None,
     probes: Any = 1,
     tolerance: float = 1e-5,
@@ -72,7 +74,8 @@ def bits_per_dim(
       model: of `load_model`, or your own.
       images: (N, H, W, C) uint8.
       by: `"bound"` or `"ode"`.
-      tau, eta, variance, num_terms: of `variational_bound`.
+      tau, eta, variance, num_terms: of `variational_bound`; the variance is by default "learned" of
+        a network that learned one, else "small".
       probes: of `ode_density`.
       tolerance: its rtol and atol.
       seed: of all noise; an image's depends on (seed, its number) alone.
@@ -104,12 +107,16 @@ def bits_per_dim(
         raise ValueError(f"by must be one of {BY}, got {by!r}")
     if by == "bound" and (probes, tolerance) != (1, 1e-5):
         raise ValueError('probes and tolerance are of by="ode", got them with by="bound"')
-    if by == "ode" and not (tau is num_terms is None and (eta, variance) == (1.0, "small")):
+    if by == "ode" and not (tau is num_terms is None and (eta, variance) == (1.0, None)):
         raise ValueError(
             'tau, eta, variance and num_terms are of by="bound", got some with by="ode"'
         )
     images = _checked(model, images, batch_size)
     size, shape = len(images), images.shape[1:]
+    if variance is None:
+        variance = "small" if variance_of(model.apply_fn) is None else "learned"
+    elif variance == "learned":
+        with_variance(model.apply_fn)
     numbers = np.arange(size) if numbers is None else np.asarray(numbers)
     if numbers.shape != (size,):
         raise ValueError(f"numbers must be one per image, ({size},), got shape {numbers.shape}")

@@ -84,7 +84,7 @@ def _check_words(config: Any) -> None:
         if getattr(config, name) not in words:
             known = " or ".join(filter(None, [", ".join(map(repr, words[:-1])), repr(words[-1])]))
             raise ValueError(f"{name} must be {known}, got {getattr(config, name)!r}")
-    for name in ("remat", "scale_shift", "cosine_first", "no_label", "centre_input"):
+    for name in ("remat", "scale_shift", "cosine_first", "null_label", "centre_input"):
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}")
     steps = len(config.multipliers) - 1
@@ -97,7 +97,7 @@ def _check_words(config: Any) -> None:
                 f"{name} must be 'conv', 'block' or 'pool', or a tuple of {steps} of them, one "
                 f"between two levels each; got {given!r}"
             )
-    for name in ("norm_eps", "middle_scale"):
+    for name in ("norm_eps", "middle_scale", "time_scale"):
         if not _is_number(x := getattr(config, name)) or not 0 < x < math.inf:
             raise ValueError(f"{name} must be a number above 0, got {x!r}")
 

@@ -65,8 +65,9 @@ class UNetConfig:
         class_embedding: what is added to the embedding of time: "table", a row for each of
             `num_classes` labels; "timestep", labels are numbers embedded as time is; or "identity",
             labels are (B, time_width) embeddings themselves.
-        no_label: the table has one more row, for "no label".
+        null_label: the table has one more row, label K = `num_classes`, for "no label".
         centre_input: the network takes 2 x − 1.
+        time_scale: what the index t − 1 is multiplied by before it is embedded.
 
     Raises:
         TypeError, ValueError: naming the field, what was got and what would do.
@@ -111,8 +112,9 @@ class UNetConfig:
     time_width: int | None = None
     time_table: int | None = None
     class_embedding: str = "table"
-    no_label: bool = True
+    null_label: bool = True
     centre_input: bool = False
+    time_scale: float = 1.0
 
     @property
     def resolutions(self) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def _check_labels(config: UNetConfig, labels: Any, batch: int) -> Any:
             raise ValueError("labels given to an unconditional network: set config.num_classes")
         return None
     if labels is None:
-        if classes is not None and config.no_label:
+        if classes is not None and config.null_label:
             return jnp.full(batch, classes)
         what = {
             "table": f"(B,) in 0..{(classes or 0) - 1}, as its table has no row for 'no label'",
@@ -69,7 +69,7 @@ def _check_labels(config: UNetConfig, labels: Any, batch: int) -> Any:
         meaning = "numbers >= 0, embedded as time is" if top is None else f"0..{top}"
         return _check_numbers("labels", labels, batch, 0, top, meaning, real=top is None)
     assert classes is not None
-    if config.no_label:
+    if config.null_label:
         meaning = f"0..{classes}, {classes} for no label"
         return _check_numbers("labels", labels, batch, 0, classes, meaning)
     meaning = f"0..{classes - 1}, of which none means no label"

@@ -93,7 +93,7 @@ class UNet(nnx.Module):
         if config.time_table is not None:
             self.time_table = nnx.Param(jnp.zeros((config.time_table, sinusoids), jnp.float32))
         if config.num_classes is not None:  # the last row stands for "no label"
-            shape = (config.num_classes + config.no_label, temb)
+            shape = (config.num_classes + config.null_label, temb)
             self.label_embedding = nnx.Param(jnp.zeros(shape, jnp.float32))
         if config.class_embedding == "timestep":
             self.label = layers()
@@ -101,6 +101,8 @@ class UNet(nnx.Module):
     def embedding(self, index: jax.Array, labels: jax.Array | None) -> jax.Array:
         """(B, embedding_width), of time and label."""
         config = self.config
+        if config.time_scale != 1:
+            index = index.astype(jnp.float32) * config.time_scale
 
         def embedded(layers: nnx.Dict, index: jax.Array) -> jax.Array:
             if config.time_table is None:
@@ -127,16 +129,40 @@ class UNet(nnx.Module):
         dropout_key: jax.Array | None,
         labels: jax.Array | None,
     ) -> jax.Array:
+        residual = self.residual(self.embedding(index, labels), dropout_key)
+        skips, h = self.way_down(x, residual)
+
+        for level in reversed(in_order(self.up)):
+            for i, block in enumerate(in_order(level["block"])):
+                h = residual(block, jnp.concatenate([h, skips.pop()], axis=-1))
+                h = level["attn"][str(i)](h) if level["attn"] else h
+            if "upsample" in level:
+                way = level["upsample"]
+                if "block" in way:
+                    h = residual(way["block"], h)
+                else:
+                    h = way["conv"](upsample(h)) if "conv" in way else upsample(h)
+
+        return self.conv_out(nnx.swish(self.norm_out(h))).astype(jnp.float32)
+
+    def residual(
+        self, temb: jax.Array, dropout_key: jax.Array | None
+    ) -> Callable[[Any, jax.Array], jax.Array]:
+        """What runs the residual blocks, each with a key of its own."""
         keys = _keys(dropout_key)
-        dtype = jnp.dtype(self.config.dtype)
 
-        def residual(block: Any, h: jax.Array) -> jax.Array:
-            run = jax.checkpoint(block.__call__) if self.config.remat else block
-            return run(h, temb, next(keys))
+        def run(block: Any, h: jax.Array) -> jax.Array:
+            called = jax.checkpoint(block.__call__) if self.config.remat else block
+            return called(h, temb, next(keys))
 
-        temb = self.embedding(index, labels)
+        return run
+
+    def way_down(
+        self, x: jax.Array, residual: Callable[[Any, jax.Array], jax.Array]
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """What is left for the way up, and what the middle makes of the last of it."""
         x = 2 * x - 1 if self.config.centre_input else x
-        skips = [self.conv_in(x.astype(dtype))]
+        skips = [self.conv_in(x.astype(jnp.dtype(self.config.dtype)))]
         for level in in_order(self.down):
             for i, block in enumerate(in_order(level["block"])):
                 h = residual(block, skips[-1])
@@ -151,19 +177,7 @@ class UNet(nnx.Module):
         h = skips[-1]
         for name in (name for name in ("block_1", "attn_1", "block_2") if name in self.mid):
             h = self.mid[name](h) if name == "attn_1" else residual(self.mid[name], h)
-
-        for level in reversed(in_order(self.up)):
-            for i, block in enumerate(in_order(level["block"])):
-                h = residual(block, jnp.concatenate([h, skips.pop()], axis=-1))
-                h = level["attn"][str(i)](h) if level["attn"] else h
-            if "upsample" in level:
-                way = level["upsample"]
-                if "block" in way:
-                    h = residual(way["block"], h)
-                else:
-                    h = way["conv"](upsample(h)) if "conv" in way else upsample(h)
-
-        return self.conv_out(nnx.swish(self.norm_out(h))).astype(jnp.float32)
+        return skips, h
 
 
 def _keys(key: jax.Array | None) -> Iterator[jax.Array | None]:

@@ -324,7 +324,7 @@ class ScheduleConfig:
     def _build_given(self) -> Schedule:
         if self.rescale_betas or (self.beta_start, self.beta_end) != (None, None):
             raise ValueError("given betas are taken as they are: leave out all other numbers")
-        schedule = schedule_from_betas(self.given or ())
+        schedule = schedule_from_betas(np.asarray(self.given))
         if schedule.num_steps != self.num_steps:
             raise ValueError(f"given are {schedule.num_steps} betas, and T is {self.num_steps}")
         return _reaching_noise(schedule, "zero_terminal_snr=True", self.zero_terminal_snr)

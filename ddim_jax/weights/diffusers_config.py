@@ -165,7 +165,7 @@ def _problems(said: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{field} has {name!r}, which {next(reasons, 'is not known here')}"
 
 
-def _fields(said: Mapping[str, Any], side: int, no_label: bool) -> dict[str, Any]:
+def _fields(said: Mapping[str, Any], side: int, null_label: bool) -> dict[str, Any]:
     """The fields of a `UNetConfig` but for its `image_size`, of settings without a problem."""
     widths, groups, kind = (
         said["block_out_channels"],
@@ -189,8 +189,8 @@ def _fields(said: Mapping[str, Any], side: int, no_label: bool) -> dict[str, Any
         "attention_resolutions": down,
         "attention_resolutions_up": _unless(down, up),
         "dropout": float(said["dropout"]),
-        "num_classes": labels - 1 if no_label and labels is not None else labels,
-        "no_label": labels is None or no_label,
+        "num_classes": labels - 1 if null_label and labels is not None else labels,
+        "null_label": labels is None or null_label,
         "class_embedding": kind or "table",
         "norm_groups": groups,
         "norm_eps": said["norm_eps"],
@@ -280,7 +280,7 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "add_attention": config.middle != "plain",
         "class_embed_type": None if config.class_embedding == "table" else config.class_embedding,
-        "num_class_embeds": None if labels is None else labels + config.no_label,
+        "num_class_embeds": None if labels is None else labels + config.null_label,
         "num_train_timesteps": config.time_table,
     }
 
@@ -294,6 +294,8 @@ def _lacks(
         yield f"multipliers[0] is {config.multipliers[0]}, it has 1"
     if config.sinusoids not in (None, first):
         yield f"sinusoids are {config.sinusoids}, it has {first}, the width of the first level"
+    if config.time_scale != 1:
+        yield f"time_scale is {config.time_scale}, it has 1"
     for name, levels in (("resample_down", down), ("resample_up", up)):
         if "pool" in {way for _, way in levels}:
             yield f"{name} has 'pool', it has 'conv' and 'block'"

@@ -175,8 +175,6 @@ def solver(
         t = as_timesteps(np.asarray(tau), schedule.num_steps)[::-1]
         table = half_log_snr(schedule)
         t, lam = spread(table, t) if spread else (t, table[t])
-        if end == "first" and not lam[-1] < table[1] and not spread:
-            raise ValueError(f"the last step is to t = 1, and tau begins there: {t[::-1]}")
         lam = np.append(lam, {"zero": np.inf, "first": table[1], "same": lam[-1]}[end])
         with np.errstate(all="ignore"):
             a, b = 1 / np.sqrt(1 + np.exp(-2 * lam)), 1 / np.sqrt(1 + np.exp(2 * lam))

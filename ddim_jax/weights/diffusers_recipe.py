@@ -95,7 +95,6 @@ SOLVER = {
     **dict.fromkeys(("use_flow_sigmas", "use_dynamic_shifting"), _one_of(False)),
     **dict.fromkeys(("flow_shift", "time_shift_type"), ANY),  # of those two
 }
-LEARNED = ("learned", "learned_range")
 SAMPLERS: dict[str, dict[str, Setting]] = {
     "DDPMScheduler": {
         **CHAIN,
@@ -114,7 +113,9 @@ SAMPLERS: dict[str, dict[str, Setting]] = {
         "solver_type": _one_of("midpoint", "heun", "logrho", "bh1", "bh2"),
         "euler_at_final": _flag(False),
         "use_lu_lambdas": _flag(False),
-        "lambda_min_clipped": Setting(-math.inf, lambda v: type(v) in (int, float), "a number"),
+        "lambda_min_clipped": Setting(
+            -math.inf, lambda v: type(v) in (int, float) and v < math.inf, "a number"
+        ),
         "variance_type": _one_of(None),
     },
     "UniPCMultistepScheduler": {

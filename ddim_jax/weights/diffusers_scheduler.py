@@ -63,8 +63,8 @@ def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
       >>> config == ScheduleConfig("linear", 1000), predicts
       (True, 'eps')
     """
-    name = scheduler.get("_class_name")
-    if not isinstance(name, str) or name not in SCHEDULERS:
+    name = str(scheduler.get("_class_name"))
+    if name not in SCHEDULERS:
         refuse([(f"_class_name is {name!r}", ", ".join(SCHEDULERS))])
     problems = list[tuple[str, str]]()
 
@@ -77,20 +77,15 @@ def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
     kind, start, end = SCHEDULERS[name]
     kinds = (*KINDS, "sigmoid") if name in SIGMOID else tuple(KINDS)
     kind = get("beta_schedule", kind, lambda v: v in kinds, ", ".join(kinds))
-    start, end = (
-        get(f, v, _real, "a number") for f, v in (("beta_start", start), ("beta_end", end))
-    )
+    start = get("beta_start", start, _real, "a number")
+    end = get("beta_end", end, _real, "a number")
     fits = lambda v: type(v) is int and 1 <= v <= 1_000_000  # noqa: E731
     steps = get("num_train_timesteps", 1000, fits, "an int in 1..1000000")
     zero = scheduler.get("rescale_betas_zero_snr", False) if name in ZERO_SNR else False
     if type(zero) is not bool:
         problems.append((f"rescale_betas_zero_snr is {zero!r}", "true or false"))
-    betas = get(
-        "trained_betas",
-        None,
-        lambda v: v is None or _betas(v, steps),
-        f"a list of {steps} numbers, one for each t",
-    )
+    fits = lambda v: v is None or _betas(v, steps)  # noqa: E731
+    betas = get("trained_betas", None, fits, f"a list of {steps} numbers, one for each t")
     default = "epsilon" if scheduler.get("predict_epsilon", True) else "sample"
     known = lambda v: isinstance(v, str) and v in PREDICTIONS  # noqa: E731
     prediction = get("prediction_type", default, known, ", ".join(PREDICTIONS))
@@ -157,6 +152,9 @@ def sampling_facts(scheduler: Mapping[str, Any], pipeline: str | None = None) ->
       {'_class_name': 'DDPMScheduler', '_pipeline': 'DDPMPipeline'}
     """
     kept = {n: v for n, v in scheduler.items() if n not in OF_SCHEDULE or n == "beta_schedule"}
+    if kept.get("lambda_min_clipped") == -math.inf:  # its default, and no JSON
+        del kept["lambda_min_clipped"]
+    kept = {n: str(v) if _is_infinite(v) else v for n, v in kept.items()}
     return kept | ({} if pipeline is None else {"_pipeline": pipeline})
 
 
@@ -181,7 +179,7 @@ def whole_scheduler(
       ('DDIMPipeline', 'DDIMScheduler', False)
     """
     ours = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "leading"}
-    told = {"steps_offset": 0, **ours} if sampling is None else sampling
+    told = sampling if isinstance(sampling, Mapping) else {"steps_offset": 0, **ours}
     kept = {n: v for n, v in told.items() if n not in (*OF_SCHEDULE, "_pipeline")}
     kind = str(kept.get("_class_name", "DDIMScheduler"))
     if schedule.zero_terminal_snr and kind not in ZERO_SNR:
@@ -208,6 +206,10 @@ def refuse(problems: list[tuple[str, str]], advice: str = "") -> None:
 
 def _real(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _betas(value: Any, steps: int) -> bool:

@@ -16,6 +16,8 @@ from ddim_jax.process import Prediction, Schedule, ScheduleConfig, predicts, tim
 from ddim_jax.process.prediction import prediction_of
 from ddim_jax.sampling import Method, ddim, make_sampler
 from ddim_jax.weights.diffusers_recipe import recipe
+from ddim_jax.weights.openai_config import openai_recipe
+from ddim_jax.weights.openai_flags import check_flags
 
 
 class Model(NamedTuple):
@@ -75,8 +77,9 @@ class Model(NamedTuple):
         """A jitted sampler `(x_T, key=None) → x_0` that draws what the model's own pipeline would.
 
         Of a diffusers folder that is what its scheduler says, see docs/weights.md: τ, method, and
-        what is done to x̂_0 unless the model says that itself. Where nothing is said, DDIM at η = 0
-        along `timesteps(T, steps)`.
+        what is done to x̂_0 unless the model says that itself; of OpenAI's networks what their
+        image_sample.py does with the flags. Where nothing is said, DDIM at η = 0 along
+        `timesteps(T, steps)`.
 
         Args:
           steps: S; by default that of the pipeline (`DDPMPipeline` 1000, else 50).
@@ -112,6 +115,25 @@ class Model(NamedTuple):
         return predicts(partial(self.apply_fn, self.params))
 
 
+def network_of(config: UNetConfig, prediction: Prediction, schedule: Schedule) -> Any:
+    """The apply_fn of our U-Net with what it predicts, and with its variance if it learned one.
+
+    It has learned one where `out_channels` is twice `in_channels`.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> from ddim_jax.process.prediction import variance_of
+      >>> config = UNetConfig(out_channels=6)
+      >>> network = network_of(config, Prediction(), ddim.linear_schedule(1000))
+      >>> variance_of(network) is not None
+      True
+    """
+    from ddim_jax.networks.unet import make_apply  # here, as flax takes half a second to import
+
+    twice = config.out_channels == 2 * config.in_channels
+    return predicts(make_apply(config), prediction, schedule=schedule, learned_variance=twice)
+
+
 class Stored(NamedTuple):
     """How a model says that it is sampled."""
 
@@ -139,12 +161,15 @@ def stored(
         raise ValueError(f"give steps or tau, not both: got steps = {steps} and a tau")
     if eta is not None and method is not None:
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
-    told = model.facts.get("sampling")
-    if not isinstance(told, Mapping):
+    told, flags = model.facts.get("sampling"), model.facts.get("openai_flags")
+    if isinstance(told, Mapping):
+        how = recipe(told, eta, model.prediction.kind)
+    elif isinstance(flags, Mapping):
+        how = openai_recipe(check_flags(flags), eta)
+    else:
         if tau is None:
             tau = timesteps(model.schedule.num_steps, 50 if steps is None else steps)
         return Stored(model, tau, method or ddim(eta or 0.0))
-    how = recipe(told, eta, model.prediction.kind)
     if tau is None:
         most = model.schedule.num_steps
         tau = how.tau(model.schedule, min(how.steps, most) if steps is None else steps)

@@ -14,6 +14,8 @@ from ddim_jax.networks.paper import PAPER
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.weights.containers import few
 from ddim_jax.weights.diffusers_format import Contents, diffusers_name
+from ddim_jax.weights.openai_flags import Flags
+from ddim_jax.weights.openai_format import read_openai
 from ddim_jax.weights.state_dict import from_state_dict, infer_config
 
 # As released: ema_diffusion_cifar10_model/model-790000.ckpt, diffusion_cifar10_model-790000.ckpt
@@ -47,6 +49,7 @@ def read_state(
     path: str,
     config: UNetConfig | None,
     image_size: int | tuple[int, int] | None,
+    flags: Flags | None = None,
 ) -> Contents:
     """The network of a state dict, which itself does not tell all of it.
 
@@ -56,6 +59,7 @@ def read_state(
       path: of the file: the released ones are known by their names.
       config: the network, or
       image_size: of a network with the DDIM authors' names, of which the shapes tell the rest.
+      flags: of a network with OpenAI's names, see `read_openai`.
 
     Returns:
       `Contents`; without a schedule, but for the released files.
@@ -65,7 +69,11 @@ def read_state(
     """
     who, schedule = naming(state), None
     if who == "OpenAI":
-        raise ValueError("these are the names of OpenAI's networks, which are not read yet")
+        if config is not None or image_size is not None:
+            raise ValueError("these are the names of OpenAI's networks: pass flags, no config")
+        return read_openai(state, facts, path, flags)
+    if flags is not None:
+        raise ValueError(f"flags are of OpenAI's networks, and these are the names of {who}")
     if who == "diffusers" and config is None:
         raise ValueError(
             "these are the names of diffusers, which do not say the network without its settings: "

@@ -13,7 +13,7 @@ import numpy as np
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
-from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
+from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig
 from ddim_jax.process.prediction import SIGMA_DATA
 from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors, save_weights
 from ddim_jax.weights import hub
@@ -27,8 +27,9 @@ from ddim_jax.weights.diffusers_format import (
     read_json,
     write_diffusers,
 )
-from ddim_jax.weights.model import Model, from_facts, to_facts
+from ddim_jax.weights.model import Model, from_facts, network_of, to_facts
 from ddim_jax.weights.namings import read_state
+from ddim_jax.weights.openai_flags import Flags
 from ddim_jax.weights.torch_files import is_torch_file, load_torch
 
 FOREIGN = ("PyTorch checkpoint", ".safetensors file")
@@ -52,6 +53,7 @@ def load_model(
     filename: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    flags: Flags | None = None,
 ) -> Model:
     """Load a trained model, whatever wrote it.
 
@@ -59,9 +61,9 @@ def load_model(
       source: "digits", or with classes "digits-labels", the models that ship with the package; a
         run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
         (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint or .safetensors file of
-        Ho et al.'s network by the names of the DDIM authors or of diffusers, a state dict or one in
-        the dicts and lists that training programs put it in; or, where there is no such path,
-        "org/name" on the Hugging Face Hub, one of these there.
+        Ho et al.'s network by the names of the DDIM authors, of diffusers or of OpenAI, a state
+        dict or one in the dicts and lists that training programs put it in; or, where there is no
+        such path, "org/name" on the Hugging Face Hub, one of these there.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
@@ -83,6 +85,9 @@ def load_model(
       filename: of the Hub, the file that is the model, where there are several.
       token: of the Hub, as huggingface_hub takes it; by default HF_TOKEN or `hf auth login`.
       cache_dir: of the Hub, in place of huggingface_hub's own.
+      flags: of OpenAI's improved-diffusion and guided-diffusion, by their names: a dict, a command
+        line "--image_size 64 …", a JSON file, or the name of a model that they published, such as
+        "guided-imagenet64". Their published files are known by name, and need none.
 
     Returns:
       A `Model`, its weights on the default device; it knows what it predicts.
@@ -116,6 +121,7 @@ def load_model(
         (step is not None, f"step={step}", ("run folder",)),
         (not ema, "ema=False", ("run folder", "diffusers folder", *FOREIGN)),
         (image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
+        (flags is not None, "flags", FOREIGN),
         (part is not None, f"part={part!r}", FOREIGN),
         (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
         (bool(ignore), f"ignore={ignore!r}", ("diffusers folder", *FOREIGN)),
@@ -124,6 +130,8 @@ def load_model(
             raise ValueError(f"{name} is for a {' or a '.join(kinds)}, {path} is a {kind}")
     if image_size is not None and config is not None:
         raise ValueError("image_size is in place of config: give one of them")
+    if flags is not None and (config is not None or image_size is not None):
+        raise ValueError("flags say the whole network: give no config and no image_size too")
     try:
         if kind == "run folder":
             stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
@@ -131,7 +139,8 @@ def load_model(
             folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
             stored = read_diffusers(folder, variant, file, leave, image_size, ema)
         elif kind in FOREIGN:
-            stored = _read_foreign(path, kind == FOREIGN[0], (ema, part, leave), config, image_size)
+            which = (ema, part, leave)
+            stored = _read_foreign(path, kind == FOREIGN[0], which, config, image_size, flags)
         else:
             stored = _ours(*load_weights(path))
         config, schedule = config or stored.config, schedule or stored.schedule
@@ -150,7 +159,7 @@ def load_model(
             raise
         raise ValueError(f"{path}: {error}") from error
     told = Prediction(prediction, sigma_data=stored.facts.get("sigma_data", SIGMA_DATA))
-    apply_fn = predicts(unet.make_apply(config), told, schedule=built)
+    apply_fn = network_of(config, told, built)
     facts = {**stored.facts, **(fetched.facts if fetched else {})}
     facts |= to_facts(schedule, config, told)
     params = jax.device_put(stored.params)
@@ -307,10 +316,11 @@ def _read_foreign(
     which: tuple[bool, str | None, Collection[str]],
     config: UNetConfig | None,
     image_size: int | tuple[int, int] | None,
+    flags: Flags | None,
 ) -> Contents:
     state, facts = find_state(load_torch(path) if torch else read_safetensors(path)[0], *which)
     facts = {"source": "PyTorch checkpoint" if torch else "safetensors", **facts}
-    return read_state(state, facts, path.absolute().as_posix(), config, image_size)
+    return read_state(state, facts, path.absolute().as_posix(), config, image_size, flags)
 
 
 def _schedule(model: Model) -> ScheduleConfig:

@@ -83,7 +83,13 @@ def from_state_dict(
         )
     from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
-    abstract = unet.abstract_params(config)
+    return fill(unet.abstract_params(config), state, rename)
+
+
+def fill(
+    abstract: Params, state: Mapping[str, np.ndarray], rename: Callable[[str], str] = str
+) -> Params:
+    """Parameters of the shapes of `abstract` from a state dict, as `from_state_dict` says."""
     wanted = {rename(name): (path, leaf) for path, name, leaf in _named(abstract)}
     missing = sorted(wanted.keys() - state.keys())
     unused = sorted(state.keys() - wanted.keys())

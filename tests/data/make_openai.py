@@ -1,0 +1,115 @@
+"""What OpenAI's own code computes, as references for tests/test_openai.py.
+
+Run with PyTorch and checkouts of openai/guided-diffusion and openai/improved-diffusion:
+
+    python tests/data/make_openai.py PATH/guided-diffusion PATH/improved-diffusion
+
+It writes openai.npz beside this file. Weights, inputs and noise are drawn by NumPy, so that only
+outputs, and the names and shapes of the tensors, are kept.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, drawn, noise, weights
+
+OUT = pathlib.Path(__file__).with_name("openai.npz")
+
+
+def package(checkout, name):
+    """A package of theirs; what talks to other processes and files is not needed."""
+    for missing in ("blobfile", "mpi4py"):
+        sys.modules.setdefault(missing, types.ModuleType(missing))
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module(f"{name}.script_util"), importlib.import_module(f"{name}.unet")
+
+
+def filled(torch, network, case):
+    """The network with our weights, and the names and shapes of its tensors."""
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    state = {name: torch.from_numpy(array) for name, array in weights(shapes, case).items()}
+    network.load_state_dict(state)
+    return network.eval(), shapes
+
+
+def main(guided, improved):
+    import torch
+
+    scripts = {
+        "guided-diffusion": package(guided, "guided_diffusion"),
+        "improved-diffusion": package(improved, "improved_diffusion"),
+    }
+    out, shapes, networks = {}, {}, {}
+    for name, flags in CASES.items():
+        script, _ = scripts[flags.get("repository", "guided-diffusion")]
+        flags = {k: v for k, v in flags.items() if k != "repository"}
+        all_flags = script.model_and_diffusion_defaults() | flags
+        network, diffusion = script.create_model_and_diffusion(**all_flags)
+        network, shapes[name] = filled(torch, network, name)
+        x, t, y = drawn(name, all_flags["image_size"])
+        classes = {"y": torch.from_numpy(y)} if all_flags["class_cond"] else {}
+        with torch.no_grad():
+            scaled = torch.from_numpy(t - 1)
+            if all_flags["rescale_timesteps"]:
+                scaled = scaled.float() * (1000.0 / all_flags["diffusion_steps"])
+            output = network(torch.from_numpy(x.transpose(0, 3, 1, 2)), scaled, **classes)
+        out[name] = output.numpy().transpose(0, 2, 3, 1)
+        networks[name] = network, all_flags, classes, script
+    for name, how in SAMPLES.items():
+        case, respacing, loop, clip = how
+        network, flags, classes, script = networks[case]
+        _, diffusion = script.create_model_and_diffusion(
+            **flags | {"timestep_respacing": respacing}
+        )
+        steps = len(diffusion.timestep_map)
+        out[f"{name} tau"] = np.array(diffusion.timestep_map) + 1
+        draws = noise(name, steps, flags["image_size"]).transpose(0, 1, 4, 2, 3)
+        queue = iter(torch.from_numpy(draws[1:]))
+        real, torch.randn_like = torch.randn_like, lambda x, queue=queue: next(queue)
+        try:
+            x_0 = getattr(diffusion, loop)(
+                network,
+                draws[0].shape,
+                noise=torch.from_numpy(draws[0]),
+                clip_denoised=clip,
+                model_kwargs=classes,
+                device="cpu",
+            )
+        finally:
+            torch.randn_like = real
+        out[name] = x_0.numpy().transpose(0, 2, 3, 1)
+        if loop == "p_sample_loop":
+            index = torch.full((2,), steps // 2)
+            step = diffusion.p_mean_variance(
+                *(network, torch.from_numpy(draws[0]), index, clip, None, classes)
+            )
+            for part in ("mean", "log_variance"):
+                out[f"{name} {part}"] = step[part].detach().numpy().transpose(0, 2, 3, 1)
+    _, unet = scripts["guided-diffusion"]
+    for name, (arguments, _) in CLASSIFIERS.items():
+        network, shapes[name] = filled(torch, unet.EncoderUNetModel(**arguments), name)
+        x, t, y = drawn(name, arguments["image_size"], arguments["out_channels"])
+        x = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
+        log_p = torch.log_softmax(network(x, torch.from_numpy(t - 1)), -1)
+        (gradient,) = torch.autograd.grad(log_p[range(2), torch.from_numpy(y)].sum(), x)
+        out[name] = log_p.detach().numpy()
+        out[f"{name} gradient"] = gradient.numpy().transpose(0, 2, 3, 1)
+    out = {name: array.astype(np.float32) for name, array in out.items()}
+    np.savez_compressed(OUT, shapes=json.dumps(shapes, separators=(",", ":")), **out)
+    print(f"{OUT}: {OUT.stat().st_size:,} bytes, {len(out)} arrays")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("guided", type=pathlib.Path)
+    parser.add_argument("improved", type=pathlib.Path)
+    arguments = parser.parse_args()
+    main(arguments.guided, arguments.improved)
