@@ -191,7 +191,11 @@ def test_without_a_row_for_no_label_nothing_is_drawn_guided_or_hidden_without_on
 @pytest.mark.parametrize(
     ("change", "labels", "message"),
     [
-        ({"num_classes": 3, "null_label": False}, None, r"without labels: give \(B,\) in 0\.\.2, as"),
+        (
+            {"num_classes": 3, "null_label": False},
+            None,
+            r"without labels: give \(B,\) in 0\.\.2, as",
+        ),
         ({"num_classes": 3, "null_label": False}, [0, 3], r"in 0\.\.2, .* got 3"),
         ({"class_embedding": "timestep"}, None, r"without labels: give \(B,\) numbers >= 0"),
         ({"class_embedding": "timestep"}, [1.5, -1.0], "numbers >= 0, embedded as time is; got -1"),
