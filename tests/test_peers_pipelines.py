@@ -1,5 +1,6 @@
 """`model.sampler(steps)` beside what diffusers draws with the same scheduler_config.json."""
 
+import sys
 import warnings
 
 import jax.numpy as jnp
@@ -15,8 +16,6 @@ with warnings.catch_warnings():
     why = "needs the peers extra: pip install 'ddim_jax[peers]'"
     torch = pytest.importorskip("torch", reason=why)
     diffusers = pytest.importorskip("diffusers", reason=why)
-    from diffusers.pipelines.ddim import pipeline_ddim
-    from diffusers.pipelines.ddpm import pipeline_ddpm
     from diffusers.schedulers import scheduling_ddpm
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
@@ -311,7 +310,9 @@ def unet_folder(path, pipeline, scheduler, out_channels=3):
         ("DDPMPipeline", DDPM, {"variance_type": "learned_range", **V}, 8),
         ("DDIMPipeline", DDPM, {"beta_schedule": "squaredcos_cap_v2"}, 8),
         ("DDIMPipeline", DDIM, {"clip_sample": False, **ZERO, **V}, 8),
+        ("PNDMPipeline", PNDM, {}, 5),
         ("DDPMPipeline", DPM, {"solver_order": 3, "thresholding": True}, 8),
+        ("DDPMPipeline", DPM, {"algorithm_type": "sde-dpmsolver++", "thresholding": True}, 8),
         ("DDPMPipeline", DDPM, {**TRAINED, **X_0, "steps_offset": 1}, 8),
     ],
 )
@@ -344,6 +345,7 @@ def drawn_by(pipe, x_T, steps, monkeypatch):
     times = pipe.scheduler.timesteps.tolist()
     numbers = iter([x_T, *(np.asarray(recipes.noise(i + 1, x_T.shape)) for i in times)])
     randn = lambda *_, **__: torch.tensor(next(numbers).transpose(0, 3, 1, 2))  # noqa: E731
-    for module in (pipeline_ddim, pipeline_ddpm, scheduling_ddpm):
-        monkeypatch.setattr(module, "randn_tensor", randn)
+    for part in (pipe, pipe.scheduler):
+        module = sys.modules[type(part).__module__]
+        monkeypatch.setattr(module, "randn_tensor", randn, raising=False)
     return pipe(batch_size=len(x_T), num_inference_steps=steps, output_type="np").images
