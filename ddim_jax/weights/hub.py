@@ -92,8 +92,9 @@ def fetch(
         if need.settings:
             check(snapshot / need.model)
         weights = get(need.weights)
+        beside = need.weights.removesuffix(weights.name)
         for shard in read_index(weights) if need.shards else ():
-            if get(need.weights.replace(weights.name, shard)).parent != weights.parent:
+            if get(beside + shard).parent != weights.parent:
                 raise ValueError("it was changed meanwhile: begin again")
     except ValueError as error:
         raise ValueError(f"{repo} on the Hub: {error}") from error
