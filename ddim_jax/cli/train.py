@@ -60,7 +60,8 @@ def train(
       out: the run folder, runs/PRESET by default.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       init: fine-tune a model: a shipped name, a run folder, a weights file, a diffusers folder, a
-        PyTorch file. Network, schedule and prediction are its own; classes may be added.
+        PyTorch file, org/name on the Hub. Network, schedule and prediction are its own; classes may
+        be added.
       init_as: what the model's file does not say, or which of its contents is meant.
       resume: "never": `out` must not hold a run. "must": continue from its last checkpoint.
         "auto": continue where there is one, begin where there is none.

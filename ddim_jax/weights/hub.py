@@ -92,8 +92,9 @@ def fetch(
         if need.settings:
             check(snapshot / need.model)
         weights = get(need.weights)
+        beside = need.weights.removesuffix(weights.name)
         for shard in read_index(weights) if need.shards else ():
-            if get(need.weights.replace(weights.name, shard)).parent != weights.parent:
+            if get(beside + shard).parent != weights.parent:
                 raise ValueError("it was changed meanwhile: begin again")
     except ValueError as error:
         raise ValueError(f"{repo} on the Hub: {error}") from error
@@ -239,8 +240,9 @@ def _unreachable(
     if asked["filename"]:
         words += [inside]
     else:
-        for pattern in ("*.json", "*.safetensors", "*.bin"):
-            words += ["--include", f"{inside}/{pattern}".lstrip("/")]
+        weights = [f"{inside}/{kind}".lstrip("/") for kind in ("*.safetensors", "*.bin")]
+        for pattern in ("*.json", *weights):
+            words += ["--include", pattern]
     if where["revision"]:
         words += ["--revision", where["revision"]]
     path = f"{folder}/{inside}" if inside else folder
@@ -259,8 +261,7 @@ def _package(repo: str) -> Any:
         import huggingface_hub.errors
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"no model {repo!r}: there is no such file or folder here; as a model of the Hugging "
-            "Face Hub it needs their package: pip install 'ddim_jax[hub]' (or pip install "
-            "huggingface_hub)"
+            f"{repo!r} is no file or folder here; as a name on the Hugging Face Hub it needs their "
+            "package: pip install 'ddim_jax[hub]' (or pip install huggingface_hub)"
         ) from error
     return huggingface_hub
