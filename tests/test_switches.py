@@ -52,7 +52,7 @@ def test_outputs_of_diffusers(case):
     given = {} if labels is None else {"labels": labels}
     got = jax.jit(make_apply(config))(pseudo_params(config), x, jnp.asarray(i + 1), **given)
     want = np.array(case["output"])
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 SMALL = UNetConfig(8, 3, 8, (1, 2), 1, (4,), norm_groups=4)
