@@ -292,6 +292,7 @@ def test_a_folder_without_scheduler(tmp_path):
         ({"block_out_channels": []}, "block_out_channels is"),
         ({"block_out_channels": 64}, "block_out_channels is 64, not a list of widths"),
         ({"block_out_channels": [33, 66]}, "multiple of 32"),
+        ({"block_out_channels": [32, 10**400]}, "in our words: int too large"),
         ({"layers_per_block": "two"}, "layers_per_block is 'two', not a whole number"),
         ({"layers_per_block": 10**12}, "too few for 2 levels of 1000000000000 blocks"),
         ({"novel": 1}, "unknown here: novel"),

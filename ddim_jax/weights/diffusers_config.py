@@ -59,7 +59,7 @@ def unet_config(
             config = UNetConfig(size, **_fields(said, min(sides), own))
             one_head = {width for width, _ in config.attentions} <= {config.head_width}
             return dataclasses.replace(config, head_width=None) if one_head else config
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"in our words: {error}")
     raise ValueError("\n  ".join(["config.json is of no network that is read here:", *problems]))
 
