@@ -134,8 +134,18 @@ def test_sample_as_a_diffusers_folder_says(command, tmp_path):
     ):
         with pytest.raises(SystemExit, match=says):
             command(f"{draw} --as-stored {option} --out other.png")
-    with pytest.raises(SystemExit, match="does not say how it is sampled: leave out --as-stored"):
+    with pytest.raises(
+        SystemExit, match="digits does not say how it is sampled: leave out --as-st"
+    ):
         command("sample digits --as-stored --out other.png")
+    drawn = command("generate theirs --out set --num-images 2 --batch-size 2 --steps 3 --as-stored")
+    assert "set: 2 images, S = 3, as stored, seed 0" in drawn
+    settings = json.loads((tmp_path / "set" / "settings.json").read_text())
+    assert (settings["method"], settings["tau"]) == ("as-stored", [1, 334, 667])
+    (shard,) = iter_shards(tmp_path / "set")
+    with Image.open(tmp_path / "theirs-S3-as_stored-seed0.png") as image:
+        tile = np.asarray(image)
+    np.testing.assert_array_equal(grid(shard, scale=8), tile)
 
 
 def test_fine_tune_a_saved_model_with_classes(command, tmp_path):

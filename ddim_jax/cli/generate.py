@@ -6,13 +6,13 @@ import pathlib
 
 import tyro
 
-from ddim_jax.cli.options import ProcessOptions, SamplingOptions, SourceOptions, check_writable
+from ddim_jax.cli.options import DrawingOptions, ProcessOptions, SourceOptions, check_writable
 from ddim_jax.generation import shards as module
 
 
 def generate(
     model: tyro.conf.Positional[str],
-    sampling: SamplingOptions,
+    sampling: DrawingOptions,
     source: SourceOptions,
     processes: ProcessOptions,
     out: pathlib.Path,
@@ -35,13 +35,14 @@ def generate(
     check_writable(out / "settings.json")
     processes.join()
     loaded = source.load(sampling.model(model))
+    sampling.check_model(model, loaded)
     module.generate(
         loaded,
         out,
         num_images,
-        sampling.timesteps(loaded.schedule),
+        sampling.steps if sampling.as_stored else sampling.timesteps(loaded.schedule),
         sampling.eta,
-        method=sampling.method,
+        method=module.AS_STORED if sampling.as_stored else sampling.method,
         clip=sampling.clip,
         labels=sampling.wanted,
         guidance=sampling.guidance,

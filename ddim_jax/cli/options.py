@@ -19,6 +19,7 @@ from ddim_jax.sampling import Method, find_method
 from ddim_jax.storage.files import portable
 from ddim_jax.training import parallel
 from ddim_jax.weights import Model, load_model
+from ddim_jax.weights.model import SAYING_HOW, Stored, stored
 from ddim_jax.weights.pretrained import with_classes
 
 Spacing = Literal[
@@ -233,6 +234,46 @@ class Sampling(Way, Classes):
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawing(Sampling):
+    """How to draw, or that the model says it.
+
+    Attributes:
+      as_stored: as the model says: the scheduler of a diffusers folder, or the flags of OpenAI's
+        networks; its method, spacing of τ and clipping.
+    """
+
+    as_stored: bool = False
+
+    @property
+    def how(self) -> str:
+        if not self.as_stored:
+            return super().how
+        return "as stored" + (f", eta = {self.eta:g}" if self.eta else "")
+
+    def check(self) -> Method:
+        """As `Sampling.check`."""
+        fields = {f: getattr(Sampling(), f) for f in ("method", "spacing", "tau", "clip")}
+        given = [f for f, default in fields.items() if getattr(self, f) != default]
+        if self.as_stored and given:
+            raise ValueError(f"--as-stored takes {given[0]} from the model: leave out one of them")
+        return super().check()
+
+    def check_model(self, name: str, model: Model) -> None:
+        """Raises ValueError where the model does not say it; says so where it does in vain."""
+        says = model.facts.keys() & SAYING_HOW
+        if self.as_stored and not says:
+            raise ValueError(f"{name} does not say how it is sampled: leave out --as-stored")
+        if says and not self.as_stored:
+            print(f"drawn by {self.method}, and not as {name} says itself: --as-stored does that")
+
+    def stored(self, model: Model, method: Method) -> Stored:
+        """Model, τ and method as asked for."""
+        if self.as_stored:
+            return stored(model, self.steps, eta=self.eta or None)
+        return Stored(model, self.timesteps(model.schedule), method)
+
+
+@dataclasses.dataclass(frozen=True)
 class Processes:
     """Several processes; Slurm, Open MPI and Cloud TPU say these by themselves.
 
@@ -253,6 +294,7 @@ class Processes:
 SourceOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Source]
 ClassOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Classes]
 SamplingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Sampling]
+DrawingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Drawing]
 ProcessOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Processes]
 
 

@@ -7,61 +7,28 @@ import json
 import pathlib
 import shlex
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ddim_jax.cli.options import Sampling, Source, SourceOptions, check_writable, file_name
+from ddim_jax.cli.options import (
+    DrawingOptions,
+    Sampling,
+    Source,
+    SourceOptions,
+    check_writable,
+    file_name,
+)
 from ddim_jax.generation.condition import name_of
 from ddim_jax.generation.drawing import batches_of, make_drawer
 from ddim_jax.pictures.animation import SIDE, encode_animation
 from ddim_jax.pictures.contact_sheet import Card, contact_sheet
 from ddim_jax.pictures.images import encode_png, grid, save_new
-from ddim_jax.sampling import Method
 from ddim_jax.storage.files import portable
-from ddim_jax.weights import Model
-from ddim_jax.weights.model import SAYING_HOW, Stored, stored
 
 FRAMES = 30  # at most, of an animation
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing(Sampling):
-    """How to draw, or that the model says it.
-
-    Attributes:
-      as_stored: as the model says: the scheduler of a diffusers folder, or the flags of OpenAI's
-        networks; its method, spacing of τ and clipping.
-    """
-
-    as_stored: bool = False
-
-    @property
-    def how(self) -> str:
-        if not self.as_stored:
-            return super().how
-        return "as stored" + (f", eta = {self.eta:g}" if self.eta else "")
-
-    def check(self) -> Method:
-        """As `Sampling.check`."""
-        fields = {f: getattr(Sampling(), f) for f in ("method", "spacing", "tau", "clip")}
-        given = [f for f, default in fields.items() if getattr(self, f) != default]
-        if self.as_stored and given:
-            raise ValueError(f"--as-stored takes {given[0]} from the model: leave out one of them")
-        return super().check()
-
-    def stored(self, model: Model, method: Method) -> Stored:
-        """Model, τ and method as asked for."""
-        if not self.as_stored:
-            return Stored(model, self.timesteps(model.schedule), method)
-        if not model.facts.keys() & SAYING_HOW:
-            raise ValueError("the model does not say how it is sampled: leave out --as-stored")
-        return stored(model, self.steps, eta=self.eta or None)
-
-
-DrawingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Drawing]
 
 
 def sample(
@@ -122,8 +89,7 @@ def sample(
     classes = [None] * num_images if labels is None else labels.tolist()
     names = [None if label is None else name_of(loaded, label) for label in classes]
     singles = [] if each is None else _single_files(each, numbers, names, overwrite)
-    if loaded.facts.keys() & SAYING_HOW and not sampling.as_stored:
-        print(f"drawn by {sampling.method}, and not as {model} says itself: --as-stored does that")
+    sampling.check_model(model, loaded)
     loaded, tau, method = sampling.stored(loaded, method)
     shown = _shown(num_images, loaded.image_shape) if gif or webp else 0
     keep = _kept(len(method(loaded.schedule, tau).t)) if shown else None

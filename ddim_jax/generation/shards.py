@@ -30,7 +30,9 @@ from ddim_jax.sampling import (
 from ddim_jax.storage.files import differences, write_whole
 from ddim_jax.version import __version__
 from ddim_jax.weights import Model
+from ddim_jax.weights.model import Stored, stored
 
+AS_STORED = "as-stored"  # the method of `model.sampler`
 FORMAT = 2  # 1 had the number of shards in their names
 SETTINGS = "settings.json"
 
@@ -72,7 +74,7 @@ def generate(
         1..T, such as `timesteps(..., exact=False)` or `optimise_timesteps` give.
       eta: η of the methods "ddim" and "dpm-solver-2": 0 adds no noise, 1 is DDPM's.
       method: a name in `METHODS`, such as "dpm-solver-2" or "ddpm-large", or
-        "module:function" of your own.
+        "module:function" of your own; or "as-stored", which is how `model.sampler(steps)` draws.
       spacing: of the S steps; see `timesteps`.
       clip: clip each x̂_0 to [−1, 1].
       labels: of a model with K classes: a class by number or name, or a list of them, such that
@@ -113,10 +115,12 @@ def generate(
         raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
     check_sizes(num_images, batch_size, shard_size)
     asked = condition(model, labels, guidance, guidance_interval)
-    tau = _tau(model.schedule, steps, spacing)
-    draw, spread = make_drawer(
-        model, tau, find_method(method, eta), asked, seed, clip=clip, devices=devices
-    )
+    if method == AS_STORED:
+        told, tau, chosen = _as_stored(model, steps, eta, spacing, clip)
+    else:
+        told, chosen = model, find_method(method, eta)
+        tau = _tau(model.schedule, steps, spacing)
+    draw, spread = make_drawer(told, tau, chosen, asked, seed, clip=clip, devices=devices)
 
     directory = pathlib.Path(directory)
     settings = {
@@ -168,6 +172,17 @@ def generate(
                 held = held[len(which) :]
             bar.update(len(images))
     return directory
+
+
+def _as_stored(
+    model: Model, steps: int | Sequence[int] | np.ndarray, eta: float, spacing: str, clip: bool
+) -> Stored:
+    """How the model says that it is drawn, with τ as an array."""
+    if (spacing, clip) != ("linear", False):
+        raise ValueError(f"{AS_STORED!r} takes spacing and clip from the model: leave them out")
+    given: dict[str, Any] = {"steps" if np.ndim(steps) == 0 else "tau": steps}
+    told = stored(model, **given, eta=eta or None)
+    return told._replace(tau=as_timesteps(told.tau, model.schedule.num_steps))
 
 
 def iter_shards(directory: str | os.PathLike[str]) -> Iterator[np.ndarray]:
