@@ -98,9 +98,7 @@ def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
     return plan
 
 
-def _learned(
-    schedule: Schedule, tau: ArrayLike | Sequence[int], in_family: bool = False
-) -> Plan:
+def _learned(schedule: Schedule, tau: ArrayLike | Sequence[int], in_family: bool = False) -> Plan:
     """DDPM's rows, and what the network chooses its variance from."""
     if not is_concrete(schedule, tau):
         raise TypeError("schedule and tau must be concrete for a learned variance")
