@@ -333,6 +333,10 @@ BAD = {
             f"{STEM}-00001-of-00001.bin": torch_writer.zipped(
                 torch_writer.Call("posix", "system", "touch pwned"))}}, {},
         "posix.system, which is not plain data"),
+    "a pipeline of latents": (
+        {"folder": {**PLAIN, "model_index.json": {"_class_name": "LDMPipeline",
+            "vqvae": ["diffusers", "VQModel"], "mel": [None, None], "unet": ["a", "b"]}}}, {},
+        "a pipeline that needs vqvae too, which is not read here"),
     # The Hub, without it.
     "revision of a file": (STATE, {"revision": "main"}, "revision: of models on the Hub"),
     "token of a folder": (
