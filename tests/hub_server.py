@@ -37,8 +37,12 @@ class Hub:
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
-            self.visibility[repo] = asked.get("visibility")
-            return (409 if repo in self.repositories else 200), {"url": f"http://127.0.0.1/{repo}"}
+            there = repo in self.repositories
+            if not there:
+                self.repositories[repo] = {}
+                private = asked.get("private") or asked.get("visibility") == "private"
+                self.visibility[repo] = "private" if private else "public"
+            return (409 if there else 200), {"url": f"{self.address}/{repo}"}
         repo, action = re.fullmatch(
             r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path
         ).groups()
@@ -51,8 +55,8 @@ class Hub:
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 data = base64.b64decode(line["value"]["content"])
-                self.repositories.setdefault(repo, {})[line["value"]["path"]] = data
-        address = f"http://127.0.0.1/{repo}/commit/{COMMIT}"
+                self.repositories[repo][line["value"]["path"]] = data
+        address = f"{self.address}/{repo}/commit/{COMMIT}"
         return 200, {"commitOid": COMMIT, "commitUrl": address}
 
     def answer(self, method, path, headers):
@@ -123,7 +127,8 @@ def serving(hub):
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        yield hub.address
     finally:
         server.shutdown()
         server.server_close()

@@ -1,6 +1,8 @@
 """State dicts wherever programs put them: containers, variants, shards; and what is refused."""
 
 import json
+import warnings
+from collections import OrderedDict
 
 import jax
 import ml_dtypes
@@ -15,17 +17,28 @@ from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_config import unet_settings
 from ddim_jax.weights.diffusers_format import diffusers_name
 from ddim_jax.weights.state_dict import from_state_dict, to_state_dict
+from ddim_jax.weights.torch_files import load_torch
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
 from tests.tiny import assert_same
+
+
+def by_diffusers(state):
+    """Their names, and attention as linear layers."""
+    named = {diffusers_name(name, TINY): array for name, array in state.items()}
+    return {
+        name: array[:, :, 0, 0] if ".to_" in name and array.ndim == 4 else array
+        for name, array in named.items()
+    }
+
 
 STEM = "diffusion_pytorch_model"
 SIZED = {"image_size": 8, "schedule": ScheduleConfig()}
 BLANK = jax.tree.map(lambda leaf: np.zeros(leaf.shape), unet.abstract_params(TINY))
 STATE = pseudo_weights.state({name: a.shape for name, a in to_state_dict(BLANK).items()})
 EMA = {name: array + np.float32(0.25) for name, array in STATE.items()}
-THEIRS = {diffusers_name(name, TINY): array for name, array in STATE.items()}
-THEIR_EMA = {diffusers_name(name, TINY): array for name, array in EMA.items()}
+THEIRS = by_diffusers(STATE)
+THEIR_EMA = by_diffusers(EMA)
 BUFFERS = {"betas": np.ones(1000, np.float32), "sqrt_alphas_cumprod": np.ones(1000, np.float32)}
 ADAM = {"state": {0: {"step": 7, "exp_avg": np.zeros(3)}}, "param_groups": [{"lr": 2e-4}]}
 
@@ -320,6 +333,10 @@ BAD = {
             f"{STEM}-00001-of-00001.bin": torch_writer.zipped(
                 torch_writer.Call("posix", "system", "touch pwned"))}}, {},
         "posix.system, which is not plain data"),
+    "a pipeline of latents": (
+        {"folder": {**PLAIN, "model_index.json": {"_class_name": "LDMPipeline",
+            "vqvae": ["diffusers", "VQModel"], "mel": [None, None], "unet": ["a", "b"]}}}, {},
+        "a pipeline that needs vqvae too, which is not read here"),
     # The Hub, without it.
     "revision of a file": (STATE, {"revision": "main"}, "revision: of models on the Hub"),
     "token of a folder": (
@@ -354,3 +371,83 @@ def test_the_words_that_choose(tmp_path):
     assert find_state(nested)[0]["c.w"] is average
     state, facts = find_state(nested, ema=False)
     assert (state["c.w"] is w, facts) == (True, {"weights": "last", "part": "ema.online_model"})
+
+
+# Beside what PyTorch and diffusers write.
+
+
+@pytest.fixture(scope="module")
+def peers():
+    why = "needs the peers extra: pip install 'ddim_jax[peers]'"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch = pytest.importorskip("torch", reason=why)
+        diffusers = pytest.importorskip("diffusers", reason=why)
+    return torch, diffusers
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_checkpoint_with_all_that_training_keeps(tmp_path, peers):
+    torch, _ = peers
+    state = OrderedDict((f"net.{name}", torch.tensor(a)) for name, a in STATE.items())
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimiser = torch.optim.Adam([weight])
+    weight.sum().backward()
+    optimiser.step()
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimiser, [30, 60])
+    settings = {"device": torch.device("cuda", 1), "classes": {3, 5}, "type": torch.float32}
+    value = {
+        **LIGHTNING,
+        "state_dict": state,
+        "optimizer_states": [optimiser.state_dict()],
+        "lr_schedulers": [steps.state_dict()],
+        "hyper_parameters": settings,
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        "best": np.float64(1 / 3),
+        "worst": np.int8(-7),
+    }
+    torch.save(value, tmp_path / "last.ckpt")
+    read = load_torch(tmp_path / "last.ckpt")
+    assert (read["best"], read["worst"]) == (1 / 3, -7)
+    assert read["hyper_parameters"]["device"] == "cuda:1"
+    assert sorted(read["hyper_parameters"]["classes"]) == [3, 5]
+    assert read["lr_schedulers"][0]["milestones"] == {30: 1, 60: 1}
+    assert_same(load_model(tmp_path / "last.ckpt", **SIZED).params, from_state_dict(STATE, TINY))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_shards_that_diffusers_writes(tmp_path, peers, variant, safe):
+    torch, diffusers = peers
+    settings = unet_settings(TINY)
+    del settings["_class_name"]
+    network = diffusers.UNet2DModel(**settings)
+    network.load_state_dict({name: torch.tensor(a) for name, a in THEIRS.items()})
+    network.save_pretrained(
+        tmp_path, max_shard_size="500KB", variant=variant, safe_serialization=safe
+    )
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*-of-*"))) > 1
+    model = load_model(tmp_path)
+    assert model.facts.get("variant") == variant
+    assert_same(model.params, from_state_dict(STATE, TINY))
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_average_that_diffusers_writes(tmp_path, peers):
+    torch, diffusers = peers
+    from diffusers.training_utils import EMAModel
+
+    settings = unet_settings(TINY)
+    del settings["_class_name"]
+    network = diffusers.UNet2DModel(**settings)
+    network.load_state_dict({name: torch.tensor(a) for name, a in THEIRS.items()})
+    average = EMAModel(
+        network.parameters(), model_cls=diffusers.UNet2DModel, model_config=network.config
+    )
+    average.save_pretrained(tmp_path / "unet_ema")
+    network.save_pretrained(tmp_path / "unet")
+    model = load_model(tmp_path, schedule=ScheduleConfig())
+    assert model.facts["weights"] == "moving average"
+    assert_same(model.params, from_state_dict(STATE, TINY))

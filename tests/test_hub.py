@@ -102,6 +102,8 @@ def test_without_the_package(monkeypatch):
 
 # With the package, and a server.
 
+NOBODY = "http://127.0.0.1:9"  # is there
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -122,13 +124,16 @@ def hub(tmp_path, monkeypatch):
         yield served
 
 
-def reach(monkeypatch, package, address):
+def reach(monkeypatch, package, address, offline=False):
+    """What HF_ENDPOINT and HF_HUB_OFFLINE do when huggingface_hub is imported; 0.30 has copies."""
+    from huggingface_hub import file_download, utils
+
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(package.constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        package.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    monkeypatch.setattr(package.constants, "HF_HUB_OFFLINE", offline)
+    for module in (package.constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    getattr(utils, "reset_sessions", lambda: None)()
 
 
 def text(content):
@@ -163,12 +168,11 @@ def test_a_pipeline_and_the_cache_of_it(hub, monkeypatch):
     assert (len(hub.downloaded), ema.facts["variant"]) == (5, "fp16")
 
     hub.asked.clear()
-    monkeypatch.setattr(hub.package.constants, "HF_HUB_OFFLINE", True)
+    reach(monkeypatch, hub.package, NOBODY, offline=True)
     assert_same(load_model("org/pipeline").params, model.params)
     assert_same(load_model("org/pipeline", subfolder="unet").params, model.params)
     assert not hub.asked
-    monkeypatch.setattr(hub.package.constants, "HF_HUB_OFFLINE", False)
-    reach(monkeypatch, hub.package, "http://127.0.0.1:9")  # nobody is there
+    reach(monkeypatch, hub.package, NOBODY)
     assert_same(load_model("org/pipeline").params, model.params)
 
 
@@ -206,7 +210,7 @@ def test_other_repositories(hub, tmp_path):
 
 def test_a_cache_made_by_hand(hub, tmp_path, monkeypatch):
     """As huggingface_hub lays it out, without having been there."""
-    monkeypatch.setattr(hub.package.constants, "HF_HUB_OFFLINE", True)
+    reach(monkeypatch, hub.package, NOBODY, offline=True)
     folder = tmp_path / "cache" / "models--org--hand"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(hub_server.COMMIT)
@@ -280,7 +284,7 @@ def test_what_is_refused(hub, what):
 
 
 def test_not_reached_and_not_in_the_cache(hub, monkeypatch):
-    reach(monkeypatch, hub.package, "http://127.0.0.1:9")
+    reach(monkeypatch, hub.package, NOBODY)
     says = (
         r"no model 'org/a': .* cannot be reached .*, and in \S*cache: .*network, run\n"
         r"  hf download org/a --include '\*.json' --include '\*.safetensors' --include '\*.bin' "
@@ -292,7 +296,7 @@ def test_not_reached_and_not_in_the_cache(hub, monkeypatch):
         ConnectionError, match="hf download org/a x/m.pt --local-dir a\n.*'a/x/m.pt'"
     ):
         load_model("org/a", subfolder="x", filename="m.pt")
-    monkeypatch.setattr(hub.package.constants, "HF_HUB_OFFLINE", True)
+    reach(monkeypatch, hub.package, NOBODY, offline=True)
     with pytest.raises(ConnectionError, match=r"reached \(.*[Oo]ffline"):
         load_model("org/a")
 

@@ -137,6 +137,9 @@ def test_what_carries_a_learned_variance():
         output, v = variance_of(net)(x, t)
         np.testing.assert_allclose(2 * v - 1, both[..., 2:], atol=1e-6)
         np.testing.assert_array_equal(output, both[..., :2])
+    mask = jnp.array([[[True, False]]])
+    given = ddim.inpaint(LEARNER, jnp.full_like(x, 9.0), mask, SCHEDULE)
+    np.testing.assert_array_equal(variance_of(given)(x, t)[1], variance_of(LEARNER)(x, t)[1])
     guided = ddim.classifier(LEARNER, lambda x, t: -(x**2).sum((1, 2)), SCHEDULE)
     output, v = variance_of(guided)(x, t)
     np.testing.assert_allclose(output, guided(x, t), rtol=1e-6)
@@ -205,6 +208,25 @@ def test_bits_take_the_learned_variance_where_there_is_one():
     assert not np.allclose(bits.per_image, small.per_image, rtol=1e-3)
     with pytest.raises(ValueError, match="no learned variance"):
         bits_per_dim(plain, images, variance="learned")
+
+
+def test_bits_tell_the_labels_that_they_are_given():
+    schedule = ddim.linear_schedule(50, rescale_betas=True)
+
+    def apply_fn(w, x, t, labels):
+        return w[labels][:, None, None, None] * x
+
+    model = ddim.Model(apply_fn, jnp.array([0.5, 0.9]), schedule)
+    images = RNG.integers(0, 256, (3, 2, 2, 1), np.uint8)
+    labels = np.array([0, 1, 1])
+    got = bits_per_dim(model, images, labels=labels, batch_size=2)
+    each = [
+        bits_per_dim(ddim.Model(lambda w, x, t: w * x, w, schedule), images).per_image
+        for w in model.params
+    ]
+    np.testing.assert_allclose(got.per_image, np.choose(labels, each), rtol=1e-5)
+    with pytest.raises(ValueError, match="labels must be one per image"):
+        bits_per_dim(model, images, labels=labels[:2])
 
 
 def test_refusals():

@@ -4,8 +4,10 @@ The references are of `tests/data/make_openai.py`. Within 1e-5 of the largest ou
 orders of summation differ by in float32; samplers within 1e-4, as x̂_0 divides by √ᾱ_T.
 """
 
+import contextlib
 import functools
 import json
+import math
 import pathlib
 import re
 
@@ -22,8 +24,8 @@ from ddim_jax.sampling.learned import with_variance
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights.classifier import load_classifier, read_classifier
 from ddim_jax.weights.model import network_of, stored
-from ddim_jax.weights.openai_config import respaced, unet_of
-from ddim_jax.weights.openai_flags import check_flags
+from ddim_jax.weights.openai_config import respaced, schedule_of, unet_of
+from ddim_jax.weights.openai_flags import DEFAULTS, check_flags
 from ddim_jax.weights.openai_format import read_openai, shapes_say
 from ddim_jax.weights.openai_published import CLASSIFIERS as PUBLISHED_CLASSIFIERS
 from ddim_jax.weights.openai_published import PUBLISHED
@@ -263,6 +265,35 @@ def test_bad_flags_are_named(what):
         read_openai(state_of("legacy heads"), {}, "mine.pt", {**CASES["legacy heads"], **flags})
 
 
+@pytest.mark.parametrize("flag", DEFAULTS)
+def test_no_value_of_a_flag_gets_further_than_the_check(flag):
+    """Whatever is given is read, or refused by a ValueError at once."""
+    values = [
+        None,
+        "",
+        "x",
+        -1,
+        0,
+        1,
+        1e12,
+        math.inf,
+        math.nan,
+        2**70,
+        True,
+        [],
+        [2, "y"],
+        {},
+        b"1",
+    ]
+    for value in values:
+        with contextlib.suppress(ValueError):
+            flags = check_flags({**SMALL, flag: value})
+            assert type(unet_of(flags).channels) is int
+            schedule_of(flags).build()
+    with pytest.raises(ValueError, match="7 is no flag"):
+        check_flags({**SMALL, 7: 8})
+
+
 def renamed(state, change):
     return {new: a for n, a in state.items() if (new := change(n)) is not None}
 
@@ -306,6 +337,9 @@ def test_files_without_flags_say_what_they_know(folder):
     }.items():
         with pytest.raises(ValueError, match=words):
             ddim.load_model(mine, flags=flags)
+    named = folder / "64x64_diffusion.pt"
+    with pytest.raises(ValueError, match="flags of the published 64x64_diffusion.pt contradict"):
+        read_openai(state_of("legacy heads"), {}, str(named), None)
     with pytest.raises(FileNotFoundError, match="guided-imagenet512"):
         ddim.load_model(mine, flags="guided-imagenet1024")
     with pytest.raises(ValueError, match="flags is for a PyTorch checkpoint"):

@@ -49,7 +49,7 @@ def test_every_value_of_every_switch_is_drawn():
 
 
 def test_the_defaults_are_those_of_diffusers():
-    from ddim_jax.weights.diffusers_config import DEFAULTS
+    from ddim_jax.weights.diffusers_words import DEFAULTS
 
     theirs = dict(diffusers.UNet2DModel.from_config({"sample_size": 8}).config)
     theirs = json.loads(json.dumps({k: v for k, v in theirs.items() if not k.startswith("_")}))

@@ -60,6 +60,7 @@ def bits_per_dim(
     tolerance: float = 1e-5,
     seed: int = 0,
     numbers: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> BitsPerDim:
@@ -68,7 +69,8 @@ def bits_per_dim(
     `"bound"`: `variational_bound`/(D log 2). `"ode"`: −log2 p(x_0 + u)/D + log2 127.5 with p of
     `ode_density` and u uniform over a bin (`dequantise`): a bin is 2/255 wide where pixels are
     2k/255 − 1, so P(x_0) is about p · (1/127.5)^D. (The 7 = log2 128 of some papers is for bins of
-    1/128.) Both are above the truth in expectation. D = H·W·C; networks with classes are told none.
+    1/128.) Both are above the truth in expectation. D = H·W·C; networks with classes are told
+    none, unless `labels` says which.
 
     Args:
       model: of `load_model`, or your own.
@@ -80,6 +82,7 @@ def bits_per_dim(
       tolerance: its rtol and atol.
       seed: of all noise; an image's depends on (seed, its number) alone.
       numbers: (N,) of the images, 0..N − 1 by default.
+      labels: (N,) integers, the images' classes, told to the network.
       batch_size: images at a time; there is one compilation.
       progress: whether to show a bar.
 
@@ -120,6 +123,8 @@ def bits_per_dim(
     numbers = np.arange(size) if numbers is None else np.asarray(numbers)
     if numbers.shape != (size,):
         raise ValueError(f"numbers must be one per image, ({size},), got shape {numbers.shape}")
+    if labels is not None and np.shape(labels) != (size,):
+        raise ValueError(f"labels must be one per image, ({size},), got shape {np.shape(labels)}")
 
     def bound(denoise: Any, x_0: Array, keys: Array) -> Any:
         b = variational_bound(
@@ -145,11 +150,14 @@ def bits_per_dim(
     step = {"bound": bound, "ode": ode}[by]
 
     @jax.jit
-    def jitted(params: Any, pixels: Array, keys: Array) -> Any:
-        return step(partial(model.apply_fn, params), to_model(pixels), keys)
+    def jitted(params: Any, pixels: Array, keys: Array, told: dict[str, Array]) -> Any:
+        return step(partial(model.apply_fn, params, **told), to_model(pixels), keys)
 
-    run = partial(jitted, model.params)
-    nats, se, parts, every = _over_batches(run, images, numbers, seed, batch_size, progress)
+    def run(rows: np.ndarray, keys: Array) -> Any:
+        told = {} if labels is None else {"labels": jnp.asarray(labels)[rows]}
+        return jitted(model.params, images[rows], keys, told)
+
+    nats, se, parts, every = _over_batches(run, numbers, seed, batch_size, progress)
     if bad := numbers[~np.isfinite(nats)].tolist():
         raise FloatingPointError(
             f"the {by} is not finite for {len(bad)} of {size} images, such as number {bad[0]}: the "
@@ -193,19 +201,18 @@ def _checked(model: Model, images: np.ndarray, batch_size: int) -> np.ndarray:
 
 def _over_batches(
     run: Callable[[Any, Any], Any],
-    images: np.ndarray,
     numbers: np.ndarray,
     seed: int,
     batch_size: int,
     progress: bool,
 ) -> Any:
-    """`run(pixels, keys)` over whole batches, the last filled up; the results joined."""
-    size, key = len(images), jax.random.key(seed)
+    """`run(rows, keys)` over whole batches, the last filled up; the results joined."""
+    size, key = len(numbers), jax.random.key(seed)
     batch_size = min(batch_size, size)
     results = []
     with tqdm(total=size, unit="image", desc="bits", delay=1, disable=not progress) as bar:
         for start in range(0, size, batch_size):
             rows = np.minimum(np.arange(start, start + batch_size), size - 1)
-            results.append(jax.device_get(run(images[rows], image_keys(key, numbers[rows]))))
+            results.append(jax.device_get(run(rows, image_keys(key, numbers[rows]))))
             bar.update(min(batch_size, size - start))
     return jax.tree.map(lambda *parts: np.float64(np.concatenate(parts)[:size]), *results)

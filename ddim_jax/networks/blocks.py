@@ -190,13 +190,26 @@ def average(x: jax.Array) -> jax.Array:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def resampling(
-    way: str, direction: str, c: int, config: UNetConfig, conv: Callable[..., nnx.Conv]
-) -> nnx.Dict:
-    """Between two levels; "pool" has no layer."""
-    if way == "block":
-        return nnx.Dict(block=ResnetBlock(c, c, config, direction))
-    return nnx.Dict(conv=conv(c, c, config)) if way == "conv" else nnx.Dict()
+class Resample(nnx.Module):
+    """From one level to the next, "down" or "up": by convolution, residual block or no layer."""
+
+    def __init__(self, direction: str, way: str, c: int, config: UNetConfig):
+        self.direction = direction
+        padding = (config.downsample_padding,) * 2
+        halving = {"strides": 2, "padding": padding} if direction == "down" else {}
+        if way == "block":
+            self.block = ResnetBlock(c, c, config, direction)
+        elif way == "conv":
+            self.conv = conv3(c, c, config, **halving)
+
+    def __call__(self, x: jax.Array, residual: Callable[..., jax.Array]) -> jax.Array:
+        if hasattr(self, "block"):
+            return residual(self.block, x)
+        if self.direction == "up":
+            x = upsample(x)
+        elif not hasattr(self, "conv"):
+            x = average(x)
+        return self.conv(x) if hasattr(self, "conv") else x
 
 
 def middle(c: int, config: UNetConfig) -> nnx.Dict:

@@ -17,17 +17,15 @@ from flax import nnx
 from ddim_jax.networks.blocks import (
     AttnBlock,
     GroupNorm,
+    Resample,
     ResnetBlock,
-    average,
     conv3,
     dense,
     in_order,
     middle,
     numbered,
-    resampling,
     rows,
     timestep_embedding,
-    upsample,
 )
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.networks.inputs import check_inputs, check_params
@@ -55,14 +53,13 @@ class UNet(nnx.Module):
         self._embeddings(temb)
         self.conv_in = conv3(config.in_channels, config.channels, config)
 
-        down, padding = [], (config.downsample_padding,) * 2
+        down = []
         for i, c in enumerate(widths):
             inputs = [skips[-1]] + [c] * (config.num_blocks - 1)
             down.append(level(inputs, c, down_attn[i], config.num_heads))
             skips += [c] * config.num_blocks
             if i < len(down_ways):
-                conv = functools.partial(conv3, strides=2, padding=padding)
-                down[-1].downsample = resampling(down_ways[i], "down", c, config, conv)
+                down[-1].downsample = Resample("down", down_ways[i], c, config)
                 skips.append(c)
         self.down = numbered(down)
 
@@ -73,7 +70,7 @@ class UNet(nnx.Module):
             inputs = [h + skips.pop() for h in [below] + [c] * config.num_blocks]
             up.append(level(inputs, c, up_attn[i], config.num_heads_up or config.num_heads))
             if i > 0:
-                up[-1].upsample = resampling(up_ways[i - 1], "up", c, config, conv3)
+                up[-1].upsample = Resample("up", up_ways[i - 1], c, config)
             below = c
         self.up = numbered(up[::-1])
 
@@ -137,11 +134,7 @@ class UNet(nnx.Module):
                 h = residual(block, jnp.concatenate([h, skips.pop()], axis=-1))
                 h = level["attn"][str(i)](h) if level["attn"] else h
             if "upsample" in level:
-                way = level["upsample"]
-                if "block" in way:
-                    h = residual(way["block"], h)
-                else:
-                    h = way["conv"](upsample(h)) if "conv" in way else upsample(h)
+                h = level["upsample"](h, residual)
 
         return self.conv_out(nnx.swish(self.norm_out(h))).astype(jnp.float32)
 
@@ -168,11 +161,7 @@ class UNet(nnx.Module):
                 h = residual(block, skips[-1])
                 skips.append(level["attn"][str(i)](h) if level["attn"] else h)
             if "downsample" in level:
-                way, h = level["downsample"], skips[-1]
-                if "block" in way:
-                    skips.append(residual(way["block"], h))
-                else:
-                    skips.append(way["conv"](h) if "conv" in way else average(h))
+                skips.append(level["downsample"](skips[-1], residual))
 
         h = skips[-1]
         for name in (name for name in ("block_1", "attn_1", "block_2") if name in self.mid):

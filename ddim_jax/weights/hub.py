@@ -99,7 +99,8 @@ def fetch(
         raise ValueError(f"{repo} on the Hub: {error}") from error
     except (FileNotFoundError, ConnectionError) as error:
         if not offline and isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{repo} on the Hub: {error}") from error
+            said = f"{error}" if repo in f"{error}" else f"{repo} on the Hub: {error}"
+            raise FileNotFoundError(said) from error
         cause = offline or "in the middle of it"
         raise ConnectionError(_unreachable(hub, repo, asked, where, cause, error)) from error
     snapshot = weights.parents[need.weights.count("/")]
@@ -208,19 +209,20 @@ def _plainly(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
         raise ConnectionError(_first_line(error)) from error
     except hub.errors.EntryNotFoundError as error:
         raise FileNotFoundError(f"a file of it is gone: {_first_line(error)}") from error
-    except hub.errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
+    except Exception as error:  # of the HTTP library that it uses, which one depends on its version
+        status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise PermissionError(f"the Hub refuses {repo} ({status}): {login}") from error
-        raise ConnectionError(f"it answers {status}") from error
-    except Exception as error:  # of whichever HTTP library it uses
+        if status is not None:
+            raise ConnectionError(f"it answers {status}") from error
         if isinstance(error, OSError) and error.errno is not None and "onnect" not in repr(error):
             raise  # of this machine's files
         raise ConnectionError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 160 else f"{line[:160]}…"
 
 
 def _unreachable(

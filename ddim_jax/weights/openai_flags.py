@@ -42,6 +42,7 @@ PASSED_OVER = (
 )
 UPSAMPLERS = ("large_size", "small_size", "base_samples")
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+MOST_STEPS = 1_000_000
 HEAD_CHANNELS = 64  # of every classifier
 
 
@@ -111,7 +112,7 @@ def check_flags(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in DEFAULTS:
             try:
                 flags[name] = _typed(DEFAULTS[name], value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 problems.append(f"{name} must be {_KINDS[type(DEFAULTS[name])]}, got {value!r}")
         elif name in UPSAMPLERS:
             problems.append(f"{name} is of an upsampler, which needs a small image: not read here")
@@ -167,6 +168,8 @@ def _contradictions(flags: Mapping[str, Any], given: Mapping[str, Any]) -> list[
         for name in ("num_heads_upsample", "num_head_channels")
         if flags[name] < 1 and flags[name] != -1
     ]
+    if flags["diffusion_steps"] > MOST_STEPS:
+        problems.append(f"diffusion_steps must be at most {MOST_STEPS:,}")
     if not 0 <= flags["dropout"] < 1:
         problems.append(f"dropout must be in [0, 1), got {flags['dropout']}")
     for name, known in (
@@ -242,7 +245,7 @@ def _alike(name: str) -> str:
     """A flag that it may be a slip of."""
     import difflib
 
-    near = difflib.get_close_matches(name, [*DEFAULTS, *PASSED_OVER], 1, 0.75)
+    near = difflib.get_close_matches(str(name), [*DEFAULTS, *PASSED_OVER], 1, 0.75)
     return f", do you mean {near[0]}" if near else ""
 
 

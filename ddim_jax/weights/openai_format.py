@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +68,9 @@ def read_openai(
         )
     all_flags = check_flags(given)
     if wrong := _against(said, given):
-        raise ValueError("\n  ".join(["flags contradict the shapes of the weights:", *wrong]))
+        whose = "" if flags is not None else f" of the published {pathlib.PurePath(path).name}"
+        what = f"flags{whose} contradict the shapes of the weights"
+        raise ValueError("\n  ".join([f"{what}:", *wrong]))
     in_channels = _shape(state, "input_blocks.0.0.weight")[1]
     classes = _shape(state, "label_emb.weight")[0] if "label_emb.weight" in state else 0
     config = unet_of(all_flags, in_channels, classes)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig
 from ddim_jax.process.prediction import SIGMA_DATA
-from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors, save_weights
+from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors
 from ddim_jax.weights import hub
 from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_config import unet_config
@@ -25,7 +24,6 @@ from ddim_jax.weights.diffusers_format import (
     is_diffusers_weights,
     read_diffusers,
     read_json,
-    write_diffusers,
 )
 from ddim_jax.weights.model import Model, from_facts, network_of, to_facts
 from ddim_jax.weights.namings import read_state
@@ -107,42 +105,22 @@ def load_model(
     """
     from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
-    config, schedule = _network(config, schedule)
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(
             f"{source}: unknown prediction type {prediction!r}; known are {PREDICTIONS}"
         )
+    if isinstance(config, str):
+        config, image_size, schedule = _network(config, image_size, schedule)
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "filename": filename}
     place |= {"token": token, "cache_dir": cache_dir}
     fetched = _fetch(source, variant, {k: v for k, v in place.items() if v is not None})
     path = fetched.path if fetched else _find(source)
-    kind, leave = _kind(path), [ignore] if isinstance(ignore, str) else list(ignore)
-    for given, name, kinds in (
-        (step is not None, f"step={step}", ("run folder",)),
-        (not ema, "ema=False", ("run folder", "diffusers folder", *FOREIGN)),
-        (image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
-        (flags is not None, "flags", FOREIGN),
-        (part is not None, f"part={part!r}", FOREIGN),
-        (variant is not None, f"variant={variant!r}", ("diffusers folder",)),
-        (bool(ignore), f"ignore={ignore!r}", ("diffusers folder", *FOREIGN)),
-    ):
-        if given and kind not in kinds:
-            raise ValueError(f"{name} is for a {' or a '.join(kinds)}, {path} is a {kind}")
-    if image_size is not None and config is not None:
-        raise ValueError("image_size is in place of config: give one of them")
-    if flags is not None and (config is not None or image_size is not None):
-        raise ValueError("flags say the whole network: give no config and no image_size too")
+    leave = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    choices = _Choices(step, ema, config, image_size, part, variant, leave, flags)
+    kind = _kind(path)
+    choices.check(path, kind)
     try:
-        if kind == "run folder":
-            stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
-        elif kind == "diffusers folder":
-            folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-            stored = read_diffusers(folder, variant, file, leave, image_size, ema)
-        elif kind in FOREIGN:
-            which = (ema, part, leave)
-            stored = _read_foreign(path, kind == FOREIGN[0], which, config, image_size, flags)
-        else:
-            stored = _ours(*load_weights(path))
+        stored = _read(path, kind, choices)
         config, schedule = config or stored.config, schedule or stored.schedule
         prediction = prediction or stored.prediction
         if prediction not in PREDICTIONS:
@@ -166,59 +144,6 @@ def load_model(
     return Model(apply_fn, params, built, config, facts)
 
 
-def save_model(
-    path: str | os.PathLike[str], model: Model, *, float16: bool = False, overwrite: bool = False
-) -> None:
-    """Save a model as one .safetensors file, which `load_model` reads.
-
-    Args:
-      path: the file; its directory must exist.
-      model: of `load_model`, or your own: its facts must hold `to_facts(schedule, config)`.
-      float16: halve the file; weights are rounded to 11 bits and read back as float32.
-      overwrite: replace the file if it exists.
-
-    Raises:
-      FileExistsError: the file exists and `overwrite` is False.
-      ValueError: the facts do not say the model's schedule.
-
-    Example:
-      >>> import ddim_jax as ddim, tempfile
-      >>> path = tempfile.mkdtemp() + "/digits.safetensors"
-      >>> save_model(path, ddim.load_model("digits"))
-      >>> ddim.load_model(path).image_shape
-      (8, 8, 1)
-    """
-    facts = {**model.facts, **to_facts(_schedule(model), model.config, model.prediction)}
-    save_weights(path, model.params, facts, float16=float16, overwrite=overwrite)
-
-
-def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
-    """Save a model as a folder that diffusers loads, by `DDIMPipeline.from_pretrained(folder)`.
-
-    The network alone is `UNet2DModel.from_pretrained(folder, subfolder="unet")`.
-
-    Args:
-      folder: must not exist, or be empty; its parent must exist.
-      model: as for `save_model`; its config must have `multipliers[0] == 1`.
-
-    Raises:
-      FileExistsError: the folder holds something.
-      ValueError: diffusers has no such network, or the facts do not say the model's schedule.
-
-    Example:
-      >>> import ddim_jax as ddim, tempfile
-      >>> folder = tempfile.mkdtemp()
-      >>> save_diffusers(folder, ddim.load_model("digits"))
-      >>> ddim.load_model(folder).image_shape
-      (8, 8, 1)
-    """
-    schedule = _schedule(model)
-    facts = {**model.facts, **to_facts(schedule, model.config, model.prediction)}
-    write_diffusers(
-        pathlib.Path(folder), model.params, model.config, schedule, model.prediction.kind, facts
-    )
-
-
 def with_classes(source: str) -> str:
     """The shipped model of the same data that has classes, of a shipped one that has none.
 
@@ -231,19 +156,48 @@ def with_classes(source: str) -> str:
     return sibling if there and os.path.basename(source) == source else source
 
 
+class _Choices(NamedTuple):
+    """What is to be taken of what lies there; see `load_model`."""
+
+    step: int | None
+    ema: bool
+    config: UNetConfig | None
+    image_size: int | tuple[int, int] | None
+    part: str | None
+    variant: str | None
+    ignore: tuple[str, ...]
+    flags: Flags | None
+
+    def check(self, path: pathlib.Path, kind: str) -> None:
+        """Refuses a choice that this kind of file does not have, and two of one thing."""
+        for given, name, kinds in (
+            (self.step is not None, f"step={self.step}", ("run folder",)),
+            (not self.ema, "ema=False", ("run folder", "diffusers folder", *FOREIGN)),
+            (self.image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
+            (self.flags is not None, "flags", FOREIGN),
+            (self.part is not None, f"part={self.part!r}", FOREIGN),
+            (self.variant is not None, f"variant={self.variant!r}", ("diffusers folder",)),
+            (bool(self.ignore), f"ignore={self.ignore!r}", ("diffusers folder", *FOREIGN)),
+        ):
+            if given and kind not in kinds:
+                raise ValueError(f"{name} is for a {' or a '.join(kinds)}, {path} is a {kind}")
+        if self.image_size is not None and self.config is not None:
+            raise ValueError("image_size is in place of config: give one of them")
+        if self.flags is not None and (self.config or self.image_size) is not None:
+            raise ValueError("flags say the whole network: give no config and no image_size too")
+
+
 def _network(
-    config: UNetConfig | str | None, schedule: ScheduleConfig | None
-) -> tuple[UNetConfig | None, ScheduleConfig | None]:
-    """A network by its name or file, with its schedule."""
-    if not isinstance(config, str):
-        return config, schedule
+    config: str, size: int | tuple[int, int] | None, schedule: ScheduleConfig | None
+) -> tuple[UNetConfig, int | tuple[int, int] | None, ScheduleConfig | None]:
+    """A network by its name, with its schedule; or by its config.json, with the image size."""
     if config.endswith(".json"):
-        return unet_config(read_json(pathlib.Path(config))), schedule
+        return unet_config(read_json(pathlib.Path(config)), image_size=size), None, schedule
     if config not in PAPER:
         raise ValueError(
             f"unknown config {config!r}; choose one of {', '.join(PAPER)}, or a config.json"
         )
-    return PAPER[config], schedule or ScheduleConfig()
+    return PAPER[config], size, schedule or ScheduleConfig()
 
 
 def _fetch(
@@ -286,6 +240,29 @@ def _kind(path: pathlib.Path) -> str:
     return "file of save_model" if is_ours(path) else FOREIGN[1]
 
 
+def _read(path: pathlib.Path, kind: str, choices: _Choices) -> Contents:
+    if kind == "run folder":
+        part = "ema" if choices.ema else "params"
+        return _read_run(path / "checkpoints", choices.step, part, choices.config)
+    if kind == "diffusers folder":
+        folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+        return read_diffusers(
+            folder, choices.variant, file, choices.ignore, choices.image_size, choices.ema
+        )
+    if kind not in FOREIGN:
+        return _ours(*load_weights(path))
+    torch = kind == FOREIGN[0]
+    state, facts = find_state(
+        load_torch(path) if torch else read_safetensors(path)[0],
+        choices.ema,
+        choices.part,
+        choices.ignore,
+    )
+    facts = {"source": "PyTorch checkpoint" if torch else "safetensors", **facts}
+    name = path.absolute().as_posix()
+    return read_state(state, facts, name, choices.config, choices.image_size, choices.flags)
+
+
 def _ours(params: Any, facts: dict[str, Any]) -> Contents:
     schedule, config = from_facts(facts)
     return Contents(params, config, schedule, facts.get("prediction", "eps"), facts)
@@ -308,30 +285,3 @@ def _read_run(
             "load_model knows more with fit(..., facts=to_facts(schedule, config))"
         )
     return Contents(restore_part(folder, part, step), config, None, "eps", facts)
-
-
-def _read_foreign(
-    path: pathlib.Path,
-    torch: bool,
-    which: tuple[bool, str | None, Collection[str]],
-    config: UNetConfig | None,
-    image_size: int | tuple[int, int] | None,
-    flags: Flags | None,
-) -> Contents:
-    state, facts = find_state(load_torch(path) if torch else read_safetensors(path)[0], *which)
-    facts = {"source": "PyTorch checkpoint" if torch else "safetensors", **facts}
-    return read_state(state, facts, path.absolute().as_posix(), config, image_size, flags)
-
-
-def _schedule(model: Model) -> ScheduleConfig:
-    """The schedule of the facts, if it is the model's."""
-    schedule, _ = from_facts(model.facts)
-    wanted = np.asarray(model.schedule.log_alpha_bar, np.float64)
-    got = np.asarray(schedule.build().log_alpha_bar)
-    if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=1e-5):
-        raise ValueError(
-            'facts["schedule"] is not the schedule of this model; set it by '
-            "to_facts(ScheduleConfig(...), config). A schedule that no ScheduleConfig makes cannot "
-            "be saved"
-        )
-    return schedule
