@@ -362,6 +362,23 @@ def test_bad_weights_are_named(what):
         read_openai(state, {}, "mine.pt", CASES["legacy heads"])
 
 
+@pytest.mark.parametrize("bad", [(), (0,), (7,), (3, 0), (9, 1, 1), (2, 2, 2, 2, 2)])
+def test_no_shape_gets_further_than_the_check(bad):
+    """Every fifth tensor in turn has another shape."""
+    kinds = {"legacy heads": CASES["legacy heads"]}
+    kinds |= {"classifier attention": CLASSIFIERS["classifier attention"][1]}
+    for case, flags in kinds.items():
+        state = state_of(case)
+        for name in [*sorted(state)[::5], "time_embed.0.weight"]:
+            broken = {**state, name: np.ones(bad, np.float32)}
+            if case == "legacy heads":
+                with pytest.raises(ValueError, match="shape|missing"):
+                    read_openai(broken, {}, "mine.pt", flags)
+            else:
+                with pytest.raises((ValueError, LookupError, ZeroDivisionError)):
+                    read_classifier(broken, flags)
+
+
 def test_an_upsampler_and_broken_numbers_are_refused():
     state = dict(state_of("legacy heads"))
     first = state["input_blocks.0.0.weight"]
@@ -422,6 +439,10 @@ def test_a_diffusion_model_is_no_classifier_and_labels_are_checked(folder):
         load_classifier(folder / "mine.safetensors", flags={"image_size": 8})
     with pytest.raises(ValueError, match="no published classifier"):
         load_classifier(folder / "classifier.safetensors")
+    with pytest.raises(ValueError, match="classifier_depth must be a whole number, got 'deep'"):
+        load_classifier(folder / "classifier.safetensors", flags={"classifier_depth": "deep"})
+    with pytest.raises(ValueError, match="classifier_depth 4 does not go with"):
+        load_classifier(folder / "classifier.safetensors", flags="guided-classifier64")
     flags = CLASSIFIERS["classifier attention"][1]
     classifier = load_classifier(folder / "classifier.safetensors", flags=flags)
     for labels, words in (([10], r"0\.\.9"), ([[1]], "integers"), ([0.5], "integers")):
