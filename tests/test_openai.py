@@ -34,6 +34,7 @@ from ddim_jax.weights.state_dict import _named
 from tests.openai_cases import (
     CASES,
     CLASSIFIERS,
+    GUIDED,
     SAMPLES,
     SMALL,
     digest,
@@ -130,6 +131,19 @@ def test_classifiers_and_their_gradients(name):
     log_p, gradient = value_and_gradient(classifier.params, x)
     assert_close(log_p, DATA[name], 1e-5)
     assert_close(gradient, DATA[f"{name} gradient"], 2e-5)
+
+
+@pytest.mark.slow
+def test_ddim_guided_by_the_classifier_is_that_of_their_loop():
+    case, name, respacing, scale = GUIDED
+    model, tau = model_of(case), respaced(1000, respacing)
+    classifier = read_classifier(state_of(name), CLASSIFIERS[name][1])
+    log_prob = classifier.log_prob(drawn("guided", 8, 10)[2])
+    guided = ddim.classifier(model.denoise, log_prob, model.schedule, scale)
+    x_T = noise("guided", len(tau), 8)[0]
+    got = jax.jit(lambda x: ddim.sample(guided, x, model.schedule, tau))(x_T)
+    assert_close(got, DATA["guided"], 1e-4)
+    assert not np.allclose(got, ddim.sample(model.denoise, jnp.asarray(x_T), model.schedule, tau))
 
 
 def test_half_precision_weights_are_read():
