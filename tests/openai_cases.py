@@ -1,5 +1,8 @@
 """The configurations of OpenAI's networks that are tested, and their weights, inputs and noise."""
 
+import hashlib
+import math
+
 import numpy as np
 
 from tests.pseudo_weights import uniform
@@ -101,3 +104,10 @@ def drawn(case, size, classes=1000):
 def noise(sample, steps, size):
     """x_T and the z of each step, (1 + S, 2, size, size, 3)."""
     return signed(f"{sample} noise", (1 + steps, 2, size, size, 3))
+
+
+def digest(shapes):
+    """(number of parameters, a digest of all names and shapes)."""
+    lines = "\n".join(f"{name} {tuple(shapes[name])}" for name in sorted(shapes))
+    size = sum(math.prod(shape) for shape in shapes.values())
+    return [size, hashlib.sha256(lines.encode()).hexdigest()]

@@ -28,19 +28,26 @@ def output(xp, prediction, a, b, i, x):
     return a * (x - a * x_0) / b - b * x_0
 
 
+def share(xp, i, x):
+    """2 v − 1 of a learned variance."""
+    return 0.8 * xp.sin(2 * x + i / 100)
+
+
 def model_of(settings, pipeline=None):
     """A `Model` with the schedule, the prediction and the recipe of a scheduler_config.json."""
     config, prediction = schedule_config(settings)
-    schedule = config.build()
+    schedule, learned = config.build(), settings.get("variance_type") == "learned_range"
     a = jnp.asarray(np.sqrt(schedule.alpha_bar), jnp.float32)
     b = jnp.asarray(np.sqrt(-np.expm1(schedule.log_alpha_bar)), jnp.float32)
 
     def apply_fn(_, x, t):
         column = lambda v: v.astype(jnp.float32).reshape(-1, 1, 1, 1)  # noqa: E731
-        return output(jnp, prediction, column(a[t]), column(b[t]), column(t - 1), x)
+        out = output(jnp, prediction, column(a[t]), column(b[t]), column(t - 1), x)
+        return jnp.concatenate([out, share(jnp, column(t - 1), x)], -1) if learned else out
 
     facts = {"sampling": sampling_facts(settings, pipeline)}
-    return ddim.Model(ddim.predicts(apply_fn, prediction), None, schedule, None, facts)
+    network = ddim.predicts(apply_fn, prediction, learned_variance=learned)
+    return ddim.Model(network, None, schedule, None, facts)
 
 
 @partial(jax.jit, static_argnums=1)

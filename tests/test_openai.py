@@ -17,19 +17,30 @@ import numpy as np
 import pytest
 
 import ddim_jax as ddim
-from ddim_jax.networks.unet import abstract_params, count_params
+from ddim_jax.networks.classifier import ClassifierConfig, abstract_classifier
+from ddim_jax.networks.unet import abstract_params
 from ddim_jax.process import Prediction
 from ddim_jax.process.stepping import towards
 from ddim_jax.sampling.learned import with_variance
 from ddim_jax.storage.weights_file import write_safetensors
-from ddim_jax.weights.classifier import load_classifier, read_classifier
+from ddim_jax.weights.classifier import classifier_name, load_classifier, read_classifier
 from ddim_jax.weights.model import network_of, stored
 from ddim_jax.weights.openai_config import respaced, schedule_of, unet_of
 from ddim_jax.weights.openai_flags import DEFAULTS, check_flags
-from ddim_jax.weights.openai_format import read_openai, shapes_say
+from ddim_jax.weights.openai_format import openai_name, read_openai, shapes_say
 from ddim_jax.weights.openai_published import CLASSIFIERS as PUBLISHED_CLASSIFIERS
 from ddim_jax.weights.openai_published import PUBLISHED
-from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, SMALL, drawn, noise, weights
+from ddim_jax.weights.state_dict import _named
+from tests.openai_cases import (
+    CASES,
+    CLASSIFIERS,
+    SAMPLES,
+    SMALL,
+    digest,
+    drawn,
+    noise,
+    weights,
+)
 from tests.test_cli import command as command
 
 DATA = np.load(pathlib.Path(__file__).parent / "data" / "openai.npz")
@@ -150,11 +161,48 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", some(SIZES, ("guided-imagenet128",)))
-def test_published_flags_make_networks_of_the_published_size(name):
-    flags = check_flags(PUBLISHED[name].flags)
-    size = count_params(abstract_params(unet_of(flags))) / 1e6
-    assert abs(size - SIZES[name]) < (4 if name.startswith("improved") else 1)
+def their_shapes(abstract, rename):
+    """The names and shapes of a network of ours in theirs."""
+    shapes = {}
+    for path, name, leaf in _named(abstract):
+        theirs, shape = rename(name), leaf.shape
+        if path[-1] == "kernel":
+            shape = (*shape[-1:-3:-1], *shape[:-2])
+            pool = path[-2] in ("q", "k", "v") or theirs.startswith("out.2.c_proj")
+            shape += (1,) * (path[-2] == "proj_out" or pool)
+            shape += (1, 1) * (path[-2] == "nin_shortcut")
+        if path[-2:-1] == ("q",):
+            joined = ".qkv_proj." if theirs.startswith("out.2") else ".qkv."
+            theirs, shape = theirs.replace(".q.", joined), (3 * shape[0], *shape[1:])
+        if path[-1] == "positions":
+            shape = shape[::-1]
+        if path[-2:-1] not in (("k",), ("v",)):
+            shapes[theirs] = shape
+    return shapes
+
+
+@pytest.mark.parametrize("name", some(PUBLISHED, ("improved-cifar10",)))
+def test_published_flags_make_the_networks_that_their_code_makes(name):
+    """By the names and shapes of all tensors, at full size; and those of the papers in millions."""
+    config = unet_of(check_flags(PUBLISHED[name].flags))
+    shapes = their_shapes(abstract_params(config), lambda name: openai_name(name, config))
+    got = digest(shapes)
+    assert got == json.loads(str(DATA["whole"]))[name]
+    if name in SIZES:
+        assert abs(got[0] / 1e6 - SIZES[name]) < (4 if name.startswith("improved") else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED_CLASSIFIERS)
+def test_published_classifiers_are_those_that_their_code_makes(name):
+    flags = PUBLISHED_CLASSIFIERS[name].flags
+    same = {"image_size": flags["image_size"], "num_res_blocks": flags["classifier_depth"]}
+    same |= {"resblock_updown": True, "num_head_channels": 64, "num_channels": 128}
+    encoder = unet_of(check_flags({**same, "attention_resolutions": "32,16,8"}))
+    config = ClassifierConfig(encoder, 1000)
+    rename = functools.partial(classifier_name, config)
+    got = digest(their_shapes(abstract_classifier(config), rename))
+    assert got == json.loads(str(DATA["whole"]))[name]
 
 
 def test_every_published_file_is_known_by_its_name():

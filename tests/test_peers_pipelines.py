@@ -1,5 +1,6 @@
 """`model.sampler(steps)` beside what diffusers draws with the same scheduler_config.json."""
 
+import sys
 import warnings
 
 import jax.numpy as jnp
@@ -15,8 +16,6 @@ with warnings.catch_warnings():
     why = "needs the peers extra: pip install 'ddim_jax[peers]'"
     torch = pytest.importorskip("torch", reason=why)
     diffusers = pytest.importorskip("diffusers", reason=why)
-    from diffusers.pipelines.ddim import pipeline_ddim
-    from diffusers.pipelines.ddpm import pipeline_ddpm
     from diffusers.schedulers import scheduling_ddpm
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
@@ -47,6 +46,8 @@ def theirs(settings, steps, pipeline=None, eta=0.0):
             i = torch.tensor(float(i))
             seen = scheduler.scale_model_input(x, i)
         out = recipes.output(torch, kind, a, b, torch.tensor(float(i)), seen)
+        if settings.get("variance_type") == "learned_range":
+            out = torch.cat([out, recipes.share(torch, torch.tensor(float(i)), x)], 1)
         x = scheduler.step(out, i, x, **options.get(name, {})).prev_sample
     return x.numpy()
 
@@ -86,6 +87,7 @@ TOLERANCE = 2e-4
         (DDPM, {**ZERO, **V}, 10, None),
         (DDPM, DYNAMIC | X_0, 10, None),
         (DDPM, {"variance_type": "fixed_large", "beta_schedule": "scaled_linear"}, 10, None),
+        (DDPM, {"variance_type": "learned_range", "beta_schedule": "squaredcos_cap_v2"}, 10, None),
         (DDPM, {}, 10, "DDIMPipeline"),
         (DDIM, {"clip_sample": False}, 7, "DDIMPipeline"),
         (DDIM, {"clip_sample_range": 0.7, "beta_schedule": "squaredcos_cap_v2"}, 10, None),
@@ -187,6 +189,9 @@ def known_difference(settings, steps):
     cosine = settings["beta_schedule"] == "squaredcos_cap_v2"
     if name == DEIS and cosine and settings["use_karras_sigmas"]:
         return "σ from 20 000 in float32, and t that repeat"
+    late = spacing != "leading" or settings["steps_offset"]
+    if settings.get("variance_type") == "learned_range" and late:
+        return "noise in the last step"
     return None
 
 
@@ -206,7 +211,7 @@ def test_drawn_settings_agree_or_are_refused_by_name():
             counts["equal"] += 1
         else:
             wrong.append((off, settings, steps))
-    print(counts)  # {'equal': 61, 'refused': 45, 'different': 44}
+    print(counts)  # {'equal': 61, 'refused': 44, 'different': 45}
     assert not wrong, wrong
     assert counts["equal"] >= 50
     assert counts["refused"] >= 30
@@ -229,6 +234,11 @@ def test_difference_previous_step_is_computed_not_walked(name):
     """They step to t − T//S, but call the network at the next of τ."""
     differs(name, {"timestep_spacing": "linspace"}, 10)
     differs(name, {"timestep_spacing": "trailing"}, 7)
+
+
+def test_difference_a_learned_variance_adds_noise_in_the_last_step():
+    settings = {"variance_type": "learned_range", "timestep_spacing": "trailing"}
+    differs(DDPM, settings, 10)
 
 
 def test_difference_of_runge_kutta_where_half_a_step_is_no_step():
@@ -276,14 +286,13 @@ def test_schedules_of_every_class():
             np.testing.assert_allclose(got, expected, rtol=1e-3, atol=5e-6, err_msg=name)
 
 
-def unet_folder(path, pipeline, scheduler):
+def unet_folder(path, pipeline, scheduler, out_channels=3):
     """A pipeline of their own, with weights that are nowhere 0, saved as they save it."""
     torch.manual_seed(0)
     network = diffusers.UNet2DModel(
-        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, attention_head_dim=None,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), downsample_padding=0,
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_eps=1e-6, flip_sin_to_cos=False,
-        freq_shift=1,
+        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, out_channels=out_channels,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     with torch.no_grad():
         for parameter in network.parameters():
@@ -298,16 +307,20 @@ def unet_folder(path, pipeline, scheduler):
     ("pipeline", "name", "settings", "steps"),
     [
         ("DDPMPipeline", DDPM, {}, 8),
+        ("DDPMPipeline", DDPM, {"variance_type": "learned_range", **V}, 8),
         ("DDIMPipeline", DDPM, {"beta_schedule": "squaredcos_cap_v2"}, 8),
         ("DDIMPipeline", DDIM, {"clip_sample": False, **ZERO, **V}, 8),
+        ("PNDMPipeline", PNDM, {}, 5),
         ("DDPMPipeline", DPM, {"solver_order": 3, "thresholding": True}, 8),
+        ("DDPMPipeline", DPM, {"algorithm_type": "sde-dpmsolver++", "thresholding": True}, 8),
         ("DDPMPipeline", DDPM, {**TRAINED, **X_0, "steps_offset": 1}, 8),
     ],
 )
 def test_whole_pipelines_of_a_network(tmp_path, monkeypatch, pipeline, name, settings, steps):
     """Folder, network and sampler of theirs beside ours, and the folder that we write of it."""
     scheduler = getattr(diffusers, name)(**settings)
-    theirs = unet_folder(tmp_path / "theirs", pipeline, scheduler)
+    learned = settings.get("variance_type") == "learned_range"
+    theirs = unet_folder(tmp_path / "theirs", pipeline, scheduler, 6 if learned else 3)
     model = load_model(tmp_path / "theirs")
     save_diffusers(tmp_path / "ours", model)
     written = getattr(diffusers, pipeline).from_pretrained(tmp_path / "ours")
@@ -332,6 +345,7 @@ def drawn_by(pipe, x_T, steps, monkeypatch):
     times = pipe.scheduler.timesteps.tolist()
     numbers = iter([x_T, *(np.asarray(recipes.noise(i + 1, x_T.shape)) for i in times)])
     randn = lambda *_, **__: torch.tensor(next(numbers).transpose(0, 3, 1, 2))  # noqa: E731
-    for module in (pipeline_ddim, pipeline_ddpm, scheduling_ddpm):
-        monkeypatch.setattr(module, "randn_tensor", randn)
+    for part in (pipe, pipe.scheduler):
+        module = sys.modules[type(part).__module__]
+        monkeypatch.setattr(module, "randn_tensor", randn, raising=False)
     return pipe(batch_size=len(x_T), num_inference_steps=steps, output_type="np").images

@@ -86,7 +86,7 @@ def test_pipelines_have_defaults(pipeline, settings, steps, name):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
+        ("DDPMScheduler", {"variance_type": "learned"}, "variance_type is 'learned'"),
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "is .fixed_large_log"),
         ("DDIMScheduler", {"clip_sample": 1}, r"clip_sample is 1 \(read are: true, false\)"),
         ("DDIMScheduler", {"clip_sample_range": 0}, "clip_sample_range is 0"),
@@ -109,7 +109,7 @@ def test_pipelines_have_defaults(pipeline, settings, steps, name):
         (DPM, {"final_sigmas_type": "small"}, "final_sigmas_type is 'small'"),
         (DPM, {"lambda_min_clipped": None}, "lambda_min_clipped is None"),
         (DPM, {"lambda_min_clipped": float("nan")}, "lambda_min_clipped is nan"),
-        (DPM, {"variance_type": "learned"}, "variance_type is 'learned'"),
+        (DPM, {"variance_type": "fixed_small"}, "variance_type is 'fixed_small'"),
         (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order is 3 with"),
         (DPM, {"algorithm_type": "dpmsolver"}, "final_sigmas_type is 'zero' with 'dpmsolver'"),
         (DPM, {"use_lu_lambdas": True, "beta_schedule": "squaredcos_cap_v2"}, "use_lu_lambdas is"),

@@ -22,7 +22,7 @@ from ddim_jax.pictures.images import encode_png, grid, save_new
 from ddim_jax.sampling import Method
 from ddim_jax.storage.files import portable
 from ddim_jax.weights import Model
-from ddim_jax.weights.model import Stored, stored
+from ddim_jax.weights.model import SAYING_HOW, Stored, stored
 
 FRAMES = 30  # at most, of an animation
 
@@ -32,7 +32,8 @@ class Drawing(Sampling):
     """How to draw, or that the model says it.
 
     Attributes:
-      as_stored: as the scheduler of a diffusers folder says: its method, spacing of τ and clipping.
+      as_stored: as the model says: the scheduler of a diffusers folder, or the flags of OpenAI's
+        networks; its method, spacing of τ and clipping.
     """
 
     as_stored: bool = False
@@ -55,7 +56,7 @@ class Drawing(Sampling):
         """Model, τ and method as asked for."""
         if not self.as_stored:
             return Stored(model, self.timesteps(model.schedule), method)
-        if "sampling" not in model.facts:
+        if not model.facts.keys() & SAYING_HOW:
             raise ValueError("the model does not say how it is sampled: leave out --as-stored")
         return stored(model, self.steps, eta=self.eta or None)
 
@@ -121,8 +122,7 @@ def sample(
     classes = [None] * num_images if labels is None else labels.tolist()
     names = [None if label is None else name_of(loaded, label) for label in classes]
     singles = [] if each is None else _single_files(each, numbers, names, overwrite)
-    told = loaded.facts.get("sampling")
-    if told and not sampling.as_stored:
+    if loaded.facts.keys() & SAYING_HOW and not sampling.as_stored:
         print(f"drawn by {sampling.method}, and not as {model} says itself: --as-stored does that")
     loaded, tau, method = sampling.stored(loaded, method)
     shown = _shown(num_images, loaded.image_shape) if gif or webp else 0

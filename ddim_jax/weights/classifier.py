@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -159,14 +160,17 @@ def read_classifier(state: Mapping[str, np.ndarray], given: Mapping[str, Any]) -
     if "out.2.positional_embedding" in split:
         split["out.2.positional_embedding"] = split["out.2.positional_embedding"].T
 
-    def rename(name: str) -> str:
-        head = name.partition(".")[0]
-        if head in HEADS[pool]:
-            return HEADS[pool][head] + name.removeprefix(head)
-        return openai_name(name, encoder)
-
+    rename = partial(classifier_name, config)
     params = fill(classifier.abstract_classifier(config), split, rename)
     return NoisyClassifier(classifier.make_classifier(config), jax.device_put(params), config)
+
+
+def classifier_name(config: Any, name: str) -> str:
+    """The name of a tensor of a `ClassifierConfig` in theirs, where qkv_proj is q, k and v."""
+    head, heads = name.partition(".")[0], HEADS[config.pool]
+    if head in heads:
+        return heads[head] + name.removeprefix(head)
+    return openai_name(name, config.encoder)
 
 
 def _flags(

@@ -98,7 +98,7 @@ SOLVER = {
 SAMPLERS: dict[str, dict[str, Setting]] = {
     "DDPMScheduler": {
         **CHAIN,
-        "variance_type": _one_of("fixed_small", "fixed_small_log", "fixed_large"),
+        "variance_type": _one_of("fixed_small", "fixed_small_log", "fixed_large", "learned_range"),
     },
     "DDIMScheduler": {**CHAIN, "set_alpha_to_one": _flag(True)},
     "PNDMScheduler": {
@@ -116,7 +116,7 @@ SAMPLERS: dict[str, dict[str, Setting]] = {
         "lambda_min_clipped": Setting(
             -math.inf, lambda v: type(v) in (int, float) and v < math.inf, "a number"
         ),
-        "variance_type": _one_of(None),
+        "variance_type": _one_of(None, "learned", "learned_range"),  # the ε half is taken
     },
     "UniPCMultistepScheduler": {
         **SOLVER,
@@ -259,7 +259,8 @@ def _tau(name: str, value: Mapping[str, Any], schedule: Schedule, steps: int) ->
 
 def _method(name: str, value: Mapping[str, Any], eta: float) -> Method:
     if name == "DDPMScheduler":
-        return _ddpm_large if value["variance_type"] == "fixed_large" else ddpm()
+        chosen = {"fixed_large": _ddpm_large, "learned_range": ddpm("learned")}
+        return chosen.get(value["variance_type"], ddpm())
     if name == "DDIMScheduler":
         return ddim(eta) if value["set_alpha_to_one"] else ddim_to_first(eta)
     if name == "PNDMScheduler":

@@ -134,6 +134,9 @@ def network_of(config: UNetConfig, prediction: Prediction, schedule: Schedule) -
     return predicts(make_apply(config), prediction, schedule=schedule, learned_variance=twice)
 
 
+SAYING_HOW = {"sampling", "openai_flags"}  # the facts by which a model says how it is sampled
+
+
 class Stored(NamedTuple):
     """How a model says that it is sampled."""
 

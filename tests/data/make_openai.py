@@ -19,7 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, drawn, noise, weights
+from ddim_jax.weights.openai_published import CLASSIFIERS as PUBLISHED_CLASSIFIERS
+from ddim_jax.weights.openai_published import PUBLISHED
+from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, digest, drawn, noise, weights
 
 OUT = pathlib.Path(__file__).with_name("openai.npz")
 
@@ -102,8 +104,24 @@ def main(guided, improved):
         (gradient,) = torch.autograd.grad(log_p[range(2), torch.from_numpy(y)].sum(), x)
         out[name] = log_p.detach().numpy()
         out[f"{name} gradient"] = gradient.numpy().transpose(0, 2, 3, 1)
+    whole = {}
+    for name, model in PUBLISHED.items():
+        script, _ = scripts[model.flags["repository"]]
+        flags = script.model_and_diffusion_defaults()
+        flags |= {k: v for k, v in model.flags.items() if k in flags}
+        with torch.device("meta"):  # no memory
+            state = script.create_model_and_diffusion(**flags)[0].state_dict()
+        whole[name] = digest({name: tuple(tensor.shape) for name, tensor in state.items()})
+    script, _ = scripts["guided-diffusion"]
+    for name, model in PUBLISHED_CLASSIFIERS.items():
+        with torch.device("meta"):
+            state = script.create_classifier(**script.classifier_defaults() | model.flags)
+        shaped = {name: tuple(tensor.shape) for name, tensor in state.state_dict().items()}
+        whole[name] = digest(shaped)
     out = {name: array.astype(np.float32) for name, array in out.items()}
-    np.savez_compressed(OUT, shapes=json.dumps(shapes, separators=(",", ":")), **out)
+    texts = {"shapes": shapes, "whole": whole}
+    texts = {name: json.dumps(text, separators=(",", ":")) for name, text in texts.items()}
+    np.savez_compressed(OUT, **texts, **out)
     print(f"{OUT}: {OUT.stat().st_size:,} bytes, {len(out)} arrays")
 
 

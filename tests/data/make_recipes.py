@@ -21,6 +21,7 @@ CASES = {  # name: class, its settings, S, the pipeline
         5,
         None,
     ),
+    "ddpm-learned": ("DDPMScheduler", {"variance_type": "learned_range"}, 5, None),
     "ddim": ("DDPMScheduler", {"beta_schedule": "squaredcos_cap_v2"}, 5, "DDIMPipeline"),
     "ddim-to-first": ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1}, 5, None),
     "zero-snr": ("DDIMScheduler", {"clip_sample": False, **ZERO}, 5, None),
