@@ -239,6 +239,17 @@ def shard(name, **tensors):
 TWICE = json.dumps(INDEX).replace(f'"{T}":', f'"{T}": "{SECOND}", "{T}":')
 CALL = torch_writer.Call("argparse", "Namespace")
 ONE = np.ones((1, 2), np.float32)
+
+
+def laughs(width=50, depth=5):
+    """A dict of 50 times the dict before, five times over."""
+    keys = [b"X\x03\0\0\0k%02d" % i for i in range(width)]
+    value = keys[0] + b"}q\x00"
+    for i in range(depth):
+        value += keys[i + 1] + b"}(" + (b"h%c" % i).join([*keys, b""]) + b"uq%c" % (i + 1)
+    return torch_writer.zipped(b"}(" + value + b"u", [])
+
+
 BAD = {
     # Containers.
     "a Namespace": (
@@ -283,6 +294,12 @@ BAD = {
         "named module.…, and 1 lie beside: conv_in.weight"),
     "foreign names": (
         {"layer1.weight": ONE}, {}, "not the names of .* diffusers, OpenAI; it has layer1"),
+    "a billion dicts": (
+        laughs(), {}, "more than 10000 dicts in dicts"),
+    "prefix of a prefix of …": (
+        {"module." * 999 + "a.b": ONE}, {}, "not the names of .* diffusers"),
+    "two parts of one name": (
+        {"a.b": STATE, "a": {"b": EMA}}, {}, "two parts called 'a.b'"),
     "OpenAI's": ({"input_blocks.0.0.weight": ONE}, {}, "names of OpenAI's networks"),
     "diffusers' without settings": (THEIRS, {}, "config='config.json', --config config.json"),
     "diffusers' with another's": (

@@ -96,7 +96,9 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModuleNotFoundError, match=r"here; .* pip install 'ddim_jax\[hub\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"no file or folder.* pip install 'ddim_jax\[hub\]'"
+    ):
         load_model("google/ddpm-cifar10-32")
 
 
@@ -219,6 +221,10 @@ def test_a_cache_made_by_hand(hub, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     assert_same(load_model("org/hand").params, from_state_dict(STATE, TINY))
+    with pytest.raises(
+        ConnectionError, match="no variant 'bf16'.* plain weights(?s:.*)hf download"
+    ):
+        load_model("org/hand", variant="bf16")
     (folder / "snapshots" / hub_server.COMMIT / "unet" / f"{STEM}.safetensors").unlink()
     (folder / "snapshots" / hub_server.COMMIT / "unet" / f"{STEM}.bin").unlink()
     (folder / "snapshots" / hub_server.COMMIT / "unet" / f"{STEM}.fp16.safetensors").unlink()
@@ -296,6 +302,8 @@ def test_not_reached_and_not_in_the_cache(hub, monkeypatch):
         ConnectionError, match="hf download org/a x/m.pt --local-dir a\n.*'a/x/m.pt'"
     ):
         load_model("org/a", subfolder="x", filename="m.pt")
+    with pytest.raises(ConnectionError, match=r"'\*.json' --include 'unet/\*.safetensors'.*"):
+        load_model("org/a", subfolder="unet")
     reach(monkeypatch, hub.package, NOBODY, offline=True)
     with pytest.raises(ConnectionError, match=r"reached \(.*[Oo]ffline"):
         load_model("org/a")

@@ -14,13 +14,14 @@ import pytest
 import ddim_jax as ddim
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.weights.diffusers_methods import pndm
-from ddim_jax.weights.diffusers_recipe import SAMPLERS, recipe
+from ddim_jax.weights.diffusers_recipe import recipe
 from ddim_jax.weights.diffusers_scheduler import (
     SCHEDULERS,
     sampling_facts,
     schedule_config,
     whole_scheduler,
 )
+from ddim_jax.weights.diffusers_settings import SAMPLERS
 from tests import recipes
 
 REFERENCES = np.load(pathlib.Path(__file__).parent / "data" / "recipes.npz")

@@ -23,7 +23,7 @@ from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.training.resuming import check_facts
 from ddim_jax.training.starting import start_from
 from ddim_jax.weights import from_facts, to_facts
-from ddim_jax.weights.diffusers_config import unet_config
+from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.diffusers_format import diffusers_name
 from ddim_jax.weights.state_dict import from_state_dict, to_state_dict
 from tests import pseudo_weights
@@ -76,6 +76,43 @@ def test_facts_hold_what_differs_alone_and_are_read_again():
     del facts["model"]["norm_groups"]
     with pytest.raises(ValueError, match="multiple of 32"):  # once it was always that
         from_facts(facts)
+
+
+OTHER = {  # of each field another value, and what goes with it
+    "image_size": {"image_size": (8, 16)}, "in_channels": {"in_channels": 1},
+    "channels": {"channels": 12}, "multipliers": {"multipliers": (1, 1.5)},
+    "num_blocks": {"num_blocks": 2}, "attention_resolutions": {"attention_resolutions": (8,)},
+    "dropout": {"dropout": 0.2}, "num_classes": {"num_classes": 3, "null_label": False},
+    "norm_groups": {"norm_groups": 2}, "out_channels": {"out_channels": 6},
+    "norm_eps": {"norm_eps": 1e-5}, "activation": {"activation": "mish"},
+    "scale_shift": {"scale_shift": True}, "num_heads": {"num_heads": 2},
+    "head_width": {"head_width": 4}, "num_heads_up": {"num_heads_up": 2},
+    "attention_resolutions_up": {"attention_resolutions_up": (8,)}, "middle": {"middle": "plain"},
+    "middle_scale": {"middle_scale": 2.0}, "middle_norm_groups": {"middle_norm_groups": 8},
+    "resample_down": {"resample_down": ("block",)}, "resample_up": {"resample_up": ("block",)},
+    "downsample_padding": {"downsample_padding": (1, 1)}, "cosine_first": {"cosine_first": True},
+    "frequency_shift": {"frequency_shift": 0}, "sinusoids": {"sinusoids": 12},
+    "time_width": {"time_width": 12}, "time_scale": {"time_scale": 2.0},
+    "time_table": {"time_table": 9}, "class_embedding": {"class_embedding": "identity"},
+    "null_label": {"num_classes": 3, "null_label": False}, "centre_input": {"centre_input": True},
+}  # fmt: skip
+LACKING = {"sinusoids", "time_scale", "num_heads_up"}
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(UNetConfig)])
+def test_no_field_is_lost_on_the_way_to_diffusers(name):
+    """It is in config.json, or named as one that diffusers has not, or of the computation alone."""
+    if name in ("dtype", "remat"):
+        return
+    config = dataclasses.replace(SMALL, **{"dropout": 0.0, **OTHER[name]})
+    if name in LACKING:
+        with pytest.raises(ValueError, match=f"no such network: .*{name.removesuffix('_up')[4:]}"):
+            unet_settings(config)
+    elif name == "num_heads":  # which is their width there
+        same = dataclasses.replace(SMALL, dropout=0.0, head_width=8)
+        assert unet_config(unet_settings(config)) == same
+    else:
+        assert unet_config(json.loads(json.dumps(unet_settings(config)))) == config
 
 
 def test_shapes_of_what_diffusers_has_not():
@@ -246,6 +283,11 @@ def test_bad_labels(change, labels, message):
         ({"frequency_shift": "1"}, ValueError, "frequency_shift must be a number, got '1'"),
         ({"sinusoids": 2}, ValueError, "frequency_shift must be below 1, half of the sinusoids"),
         ({"time_table": 2.0}, ValueError, "time_table must be an int >= 1, got 2.0"),
+        (
+            {"time_table": 9, "time_scale": 2.0},
+            ValueError,
+            "time_scale must be 1 with a time_",
+        ),
         ({"class_embedding": "none"}, ValueError, "class_embedding must be 'table', 'timestep' or"),
         ({"class_embedding": "identity", "num_classes": 3}, ValueError, "num_classes must be None"),
         ({"multipliers": (1, 1.3)}, ValueError, r"multipliers\[1\] \* channels must be a multiple"),

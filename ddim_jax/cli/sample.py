@@ -82,8 +82,8 @@ def sample(
 
     Args:
       model: "digits" (ships with the package; where a class is asked for it is "digits-labels"), a
-        run folder, a .safetensors file, a PyTorch checkpoint in the names of Ho et al. and the
-        authors, or a diffusers folder.
+        run folder, a .safetensors file, a PyTorch checkpoint in the names of the authors, of
+        diffusers or of OpenAI, a diffusers folder, or any of these as org/name on the Hub.
       num_images: how many; image k is the same whatever their number.
       first: the number of the first image.
       batch_size: images at a time on each device, 16 by default or fewer if fewer are drawn. The

@@ -7,7 +7,6 @@ settings remember the earlier totals, at which a shard ends too.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -137,7 +136,7 @@ def generate(
         "sha256": _digest({"params": model.params, "alpha_bar": model.schedule.alpha_bar}),
         "model": {
             **model.facts,
-            "model": dataclasses.asdict(model.config),
+            "model": model.config.facts(),
             **model.prediction.facts(),
         },
         "versions": {"ddim_jax": __version__, "jax": jax.__version__},

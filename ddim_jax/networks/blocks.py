@@ -90,6 +90,11 @@ def dense(c_in: int, c_out: int, config: UNetConfig) -> nnx.Linear:
     return nnx.Linear(c_in, c_out, dtype=config.dtype, kernel_init=_zeros, rngs=nnx.Rngs(0))
 
 
+def two_layers(c_in: int, c: int, config: UNetConfig) -> nnx.Dict:
+    """Those that an embedding goes through."""
+    return nnx.Dict(dense=numbered([dense(c_in, c, config), dense(c, c, config)]))
+
+
 def conv3(c_in: int, c_out: int, config: UNetConfig, **kwargs: Any) -> nnx.Conv:
     """The 3×3 convolution."""
     kwargs |= {"dtype": config.dtype, "kernel_init": _zeros, "conv_general_dilated": conv}

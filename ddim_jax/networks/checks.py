@@ -154,6 +154,8 @@ def _check_embeddings(config: Any) -> None:
         raise ValueError(
             f"frequency_shift must be below {half}, half of the sinusoids; got {shift}"
         )
+    if config.time_table is not None and config.time_scale != 1:
+        raise ValueError(f"time_scale must be 1 with a time_table, got {config.time_scale}")
     if config.class_embedding != "table" and config.num_classes is not None:
         raise ValueError(
             f"num_classes must be None with class_embedding={config.class_embedding!r}, whose "

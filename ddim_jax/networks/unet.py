@@ -6,7 +6,7 @@ The layers are Flax NNX; at the border there are only a pure function and a dict
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,12 +20,12 @@ from ddim_jax.networks.blocks import (
     Resample,
     ResnetBlock,
     conv3,
-    dense,
     in_order,
     middle,
     numbered,
     rows,
     timestep_embedding,
+    two_layers,
 )
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.networks.inputs import check_inputs, check_params
@@ -81,19 +81,14 @@ class UNet(nnx.Module):
         """The layers of time and label, all weights of the same width `temb`."""
         config = self.config
         sinusoids = config.sinusoids or config.channels
-
-        def layers() -> nnx.Dict:
-            sizes = ((sinusoids, temb), (temb, temb))
-            return nnx.Dict(dense=numbered([dense(*size, config) for size in sizes]))
-
-        self.temb = layers()
+        self.temb = two_layers(sinusoids, temb, config)
         if config.time_table is not None:
             self.time_table = nnx.Param(jnp.zeros((config.time_table, sinusoids), jnp.float32))
         if config.num_classes is not None:  # the last row stands for "no label"
             shape = (config.num_classes + config.null_label, temb)
             self.label_embedding = nnx.Param(jnp.zeros(shape, jnp.float32))
         if config.class_embedding == "timestep":
-            self.label = layers()
+            self.label = two_layers(sinusoids, temb, config)
 
     def embedding(self, index: jax.Array, labels: jax.Array | None) -> jax.Array:
         """(B, embedding_width), of time and label."""
@@ -142,7 +137,8 @@ class UNet(nnx.Module):
         self, temb: jax.Array, dropout_key: jax.Array | None
     ) -> Callable[[Any, jax.Array], jax.Array]:
         """What runs the residual blocks, each with a key of its own."""
-        keys = _keys(dropout_key)
+        fold, numbers = jax.random.fold_in, itertools.count()
+        keys = (None if dropout_key is None else fold(dropout_key, i) for i in numbers)
 
         def run(block: Any, h: jax.Array) -> jax.Array:
             called = jax.checkpoint(block.__call__) if self.config.remat else block
@@ -164,13 +160,11 @@ class UNet(nnx.Module):
                 skips.append(level["downsample"](skips[-1], residual))
 
         h = skips[-1]
-        for name in (name for name in ("block_1", "attn_1", "block_2") if name in self.mid):
-            h = self.mid[name](h) if name == "attn_1" else residual(self.mid[name], h)
+        if "block_1" in self.mid:
+            h = residual(self.mid["block_1"], h)
+            h = self.mid["attn_1"](h) if "attn_1" in self.mid else h
+            h = residual(self.mid["block_2"], h)
         return skips, h
-
-
-def _keys(key: jax.Array | None) -> Iterator[jax.Array | None]:
-    return (None if key is None else jax.random.fold_in(key, i) for i in itertools.count())
 
 
 @functools.cache

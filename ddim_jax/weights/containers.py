@@ -17,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ AVERAGED = (
     *("averaged_model", "average_model", "ema_params", "shadow", "ema_denoiser", "ema_diffusion"),
 )
 KNOWN = {*LAST, *AVERAGED}
+MOST = 10_000  # dicts in a checkpoint
 STEPS = ("step", "global_step", "iteration", "iter", "steps")
 
 
@@ -70,11 +71,11 @@ def find_state(
                 f"a list of {len(checkpoint)}, not [model, optimiser, epoch, step, moving average]"
             )
         named = {str(i): checkpoint[i] for i in (0, 4) if i < len(checkpoint)}
-        parts = {n: s for name, v in named.items() for n, s in _parts(v, name, ignore, dropped)}
+        parts = _named(p for name, v in named.items() for p in _parts(v, name, ignore, dropped))
         averaged = {"4"} & {*parts}
         step = checkpoint[3] if type(checkpoint[3]) is int else None
     else:
-        parts = dict(_parts(checkpoint, "", ignore, dropped))
+        parts = _named(_parts(checkpoint, "", ignore, dropped))
         averaged = {name for name in parts if _is_average(name)}
         if isinstance(checkpoint, dict):
             step = next((checkpoint[n] for n in STEPS if type(checkpoint.get(n)) is int), None)
@@ -101,42 +102,56 @@ def leave_out(names: Collection[str]) -> str:
     return f"to leave them out: ignore={tuple(short)}, or --ignore {shlex.join(short)}"
 
 
+def _named(parts: Iterable[tuple[str, State]]) -> dict[str, State]:
+    named: dict[str, State] = {}
+    for name, state in parts:
+        if name in named:
+            raise ValueError(f"it has two parts called {name!r}")
+        named[name] = state
+    return named
+
+
 def _parts(
     value: Any, path: str, ignore: Collection[str], dropped: set[str]
 ) -> Iterator[tuple[str, State]]:
     """(name, state dict) of all in a value, to a depth of four; notes what is left out."""
-    if not isinstance(value, dict):
-        return
-    state = {n: a for n, a in value.items() if isinstance(n, str) and isinstance(a, np.ndarray)}
-    left_out = {name for name in state if any(_matches(name, pattern) for pattern in ignore)}
-    dropped |= left_out
-    state = {name: array for name, array in state.items() if name not in left_out}
-    if any("." in name for name in state):  # as networks have; not one number of a callback
-        yield from _networks(state, path)
-    if path.count(".") < 3:
-        for name, inner in value.items():
-            if isinstance(name, str):
-                yield from _parts(inner, f"{path}.{name}".lstrip("."), ignore, dropped)
+    todo = [(path, value)] if isinstance(value, dict) else []
+    for path, value in todo:  # which grows
+        state = {n: a for n, a in value.items() if isinstance(n, str) and isinstance(a, np.ndarray)}
+        left_out = {name for name in state if any(_matches(name, pattern) for pattern in ignore)}
+        dropped |= left_out
+        state = {name: array for name, array in state.items() if name not in left_out}
+        if any("." in name for name in state):  # as networks have; not one number of a callback
+            yield from _networks(state, path)
+        if path.count(".") < 3:
+            todo += [
+                (f"{path}.{name}".lstrip("."), inner)
+                for name, inner in value.items()
+                if isinstance(name, str) and isinstance(inner, dict)
+            ]
+        if len(todo) > MOST:  # by sharing, a small file can have very many
+            raise ValueError(f"it has more than {MOST} dicts in dicts")
 
 
-def _networks(state: State, path: str) -> Iterator[tuple[str, State]]:
+def _networks(state: State, path: str, depth: int = 0) -> Iterator[tuple[str, State]]:
     """A state dict without its prefix, or those of several in it: "net.…" and "ema_net.…"."""
     numbers = {name for name, array in state.items() if "." not in name and array.size == 1}
     heads = {name.split(".")[0] for name in state.keys() - numbers}
-    if not heads <= KNOWN:
+    if depth == 8 or not heads <= KNOWN:
         yield path, state
         return
     for head in sorted(heads):  # numbers beside them, such as "step", are an average's own
         inner = {
             n.removeprefix(f"{head}."): a for n, a in state.items() if n.startswith(f"{head}.")
         }
-        yield from _networks(inner, path if len(heads) == 1 else f"{path}.{head}".lstrip("."))
+        name = path if len(heads) == 1 else f"{path}.{head}".lstrip(".")
+        yield from _networks(inner, name, depth + 1)
 
 
 def _check_one_network(state: State) -> None:
     heads = {name.split(".")[0] for name in state if "." in name} & KNOWN
-    if heads:
-        beside = sorted(name for name in state if name.split(".")[0] not in heads)
+    beside = sorted(name for name in state if name.split(".")[0] not in heads)
+    if heads and beside:
         raise ValueError(
             f"{len(state) - len(beside)} of its tensors are named {' or '.join(sorted(heads))}.…, "
             f"and {len(beside)} lie beside: {few(beside)}; {leave_out(beside)}"

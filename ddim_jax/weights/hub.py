@@ -86,14 +86,16 @@ def fetch(
     try:
         if offline and not names:
             raise FileNotFoundError("it is not there")
-        need = needed(names, **asked)
+        with _of_the_cache(bool(offline)):
+            need = needed(names, **asked)
         for name in need.settings:
             snapshot = get(name).parents[name.count("/")]
         if need.settings:
             check(snapshot / need.model)
         weights = get(need.weights)
+        beside = need.weights.removesuffix(weights.name)
         for shard in read_index(weights) if need.shards else ():
-            if get(need.weights.replace(weights.name, shard)).parent != weights.parent:
+            if get(beside + shard).parent != weights.parent:
                 raise ValueError("it was changed meanwhile: begin again")
     except ValueError as error:
         raise ValueError(f"{repo} on the Hub: {error}") from error
@@ -183,6 +185,17 @@ def _listed(
 
 
 @contextlib.contextmanager
+def _of_the_cache(offline: bool) -> Iterator[None]:
+    """What the cache lacks, the Hub may have."""
+    try:
+        yield
+    except ValueError as error:
+        if offline:
+            raise FileNotFoundError(str(error)) from error
+        raise
+
+
+@contextlib.contextmanager
 def _plainly(hub: Any, repo: str, revision: str | None) -> Iterator[None]:
     """What the package raises, as errors of Python that say what to do."""
     login = "give a token that may: HF_TOKEN, `hf auth login`, or token="
@@ -239,8 +252,9 @@ def _unreachable(
     if asked["filename"]:
         words += [inside]
     else:
-        for pattern in ("*.json", "*.safetensors", "*.bin"):
-            words += ["--include", f"{inside}/{pattern}".lstrip("/")]
+        weights = [f"{inside}/{kind}".lstrip("/") for kind in ("*.safetensors", "*.bin")]
+        for pattern in ("*.json", *weights):
+            words += ["--include", pattern]
     if where["revision"]:
         words += ["--revision", where["revision"]]
     path = f"{folder}/{inside}" if inside else folder
@@ -259,8 +273,7 @@ def _package(repo: str) -> Any:
         import huggingface_hub.errors
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"no model {repo!r}: there is no such file or folder here; as a model of the Hugging "
-            "Face Hub it needs their package: pip install 'ddim_jax[hub]' (or pip install "
-            "huggingface_hub)"
+            f"{repo!r} is no file or folder here; as a name on the Hugging Face Hub it needs their "
+            "package: pip install 'ddim_jax[hub]' (or pip install huggingface_hub)"
         ) from error
     return huggingface_hub
