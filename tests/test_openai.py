@@ -239,6 +239,7 @@ def folder(tmp_path_factory):
     classifier = "classifier attention"
     write_safetensors(folder / "classifier.safetensors", state_of(classifier), {"format": "pt"})
     (folder / "broken.json").write_text("{")
+    (folder / "wide.json").write_text(json.dumps({**CASES["legacy heads"], "num_channels": 64}))
     (folder / "list.json").write_text("[1]")
     return folder
 
@@ -273,6 +274,8 @@ def test_the_command_takes_flags(folder, command):
     where, flags = str(folder / "mine.safetensors"), str(folder / "flags.json")
     shown = command(f"info {where} --flags {flags}")
     assert "timestep_respacing: ddim5" in shown
+    with pytest.raises(SystemExit, match="num_channels is 64, the weights say 32"):
+        command(f"info {where} --flags={folder / 'wide.json'}")
     where, flags, out = (str(folder / f"classes.{end}") for end in ("safetensors", "json", "png"))
     line = f"sample {where} --flags {flags} --steps 2 --num-images 2 --out {out} --labels 3,999"
     assert "2 images" in command(f"{line} --method ddpm-learned")

@@ -199,7 +199,6 @@ def _flags(
     strides = {size // resolution for resolution in flags["attention_resolutions"]}
     told = flags | {
         "attention_resolutions": tuple(i for i in range(len(multipliers)) if 2**i in strides),
-        "classifier_pool": flags["classifier_pool"],
         "channel_mult": MULTIPLIERS.get(size, multipliers),
     }
     wrong = [
