@@ -48,6 +48,8 @@ SAMPLES = {
     "chain of 5": ("legacy heads", "5", "p_sample_loop", True),
     "chain of 2,4": ("rescaled", "2,4", "p_sample_loop", True),
 }
+# A case, a classifier, timestep_respacing of DDIM without clipping, and the scale.
+GUIDED = ("legacy heads", "classifier attention", "ddim5", 2.0)
 _SMALL = {
     **{"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 10},
     **{"num_res_blocks": 1, "attention_resolutions": (2,), "channel_mult": (1, 4)},

@@ -221,6 +221,10 @@ def test_a_cache_made_by_hand(hub, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     assert_same(load_model("org/hand").params, from_state_dict(STATE, TINY))
+    with pytest.raises(
+        ConnectionError, match="no variant 'bf16'.* plain weights(?s:.*)hf download"
+    ):
+        load_model("org/hand", variant="bf16")
     (folder / "snapshots" / hub_server.COMMIT / "unet" / f"{STEM}.safetensors").unlink()
     (folder / "snapshots" / hub_server.COMMIT / "unet" / f"{STEM}.bin").unlink()
     (folder / "snapshots" / hub_server.COMMIT / "unet" / f"{STEM}.fp16.safetensors").unlink()

@@ -34,6 +34,7 @@ from ddim_jax.weights.state_dict import _named
 from tests.openai_cases import (
     CASES,
     CLASSIFIERS,
+    GUIDED,
     SAMPLES,
     SMALL,
     digest,
@@ -132,6 +133,19 @@ def test_classifiers_and_their_gradients(name):
     assert_close(gradient, DATA[f"{name} gradient"], 2e-5)
 
 
+@pytest.mark.slow
+def test_ddim_guided_by_the_classifier_is_that_of_their_loop():
+    case, name, respacing, scale = GUIDED
+    model, tau = model_of(case), respaced(1000, respacing)
+    classifier = read_classifier(state_of(name), CLASSIFIERS[name][1])
+    log_prob = classifier.log_prob(drawn("guided", 8, 10)[2])
+    guided = ddim.classifier(model.denoise, log_prob, model.schedule, scale)
+    x_T = noise("guided", len(tau), 8)[0]
+    got = jax.jit(lambda x: ddim.sample(guided, x, model.schedule, tau))(x_T)
+    assert_close(got, DATA["guided"], 1e-4)
+    assert not np.allclose(got, ddim.sample(model.denoise, jnp.asarray(x_T), model.schedule, tau))
+
+
 def test_half_precision_weights_are_read():
     """As use_fp16 stores them: their convolutions in float16."""
     halved = {n: a.astype(np.float16) for n, a in state_of("legacy heads").items()}
@@ -225,6 +239,7 @@ def folder(tmp_path_factory):
     classifier = "classifier attention"
     write_safetensors(folder / "classifier.safetensors", state_of(classifier), {"format": "pt"})
     (folder / "broken.json").write_text("{")
+    (folder / "wide.json").write_text(json.dumps({**CASES["legacy heads"], "num_channels": 64}))
     (folder / "list.json").write_text("[1]")
     return folder
 
@@ -259,6 +274,8 @@ def test_the_command_takes_flags(folder, command):
     where, flags = str(folder / "mine.safetensors"), str(folder / "flags.json")
     shown = command(f"info {where} --flags {flags}")
     assert "timestep_respacing: ddim5" in shown
+    with pytest.raises(SystemExit, match="num_channels is 64, the weights say 32"):
+        command(f"info {where} --flags={folder / 'wide.json'}")
     where, flags, out = (str(folder / f"classes.{end}") for end in ("safetensors", "json", "png"))
     line = f"sample {where} --flags {flags} --steps 2 --num-images 2 --out {out} --labels 3,999"
     assert "2 images" in command(f"{line} --method ddpm-learned")
@@ -362,6 +379,23 @@ def test_bad_weights_are_named(what):
         read_openai(state, {}, "mine.pt", CASES["legacy heads"])
 
 
+@pytest.mark.parametrize("bad", [(), (0,), (7,), (3, 0), (9, 1, 1), (2, 2, 2, 2, 2)])
+def test_no_shape_gets_further_than_the_check(bad):
+    """Every fifth tensor in turn has another shape."""
+    kinds = {"legacy heads": CASES["legacy heads"]}
+    kinds |= {"classifier attention": CLASSIFIERS["classifier attention"][1]}
+    for case, flags in kinds.items():
+        state = state_of(case)
+        for name in [*sorted(state)[::5], "time_embed.0.weight"]:
+            broken = {**state, name: np.ones(bad, np.float32)}
+            if case == "legacy heads":
+                with pytest.raises(ValueError, match="shape|missing"):
+                    read_openai(broken, {}, "mine.pt", flags)
+            else:
+                with pytest.raises((ValueError, LookupError, ZeroDivisionError)):
+                    read_classifier(broken, flags)
+
+
 def test_an_upsampler_and_broken_numbers_are_refused():
     state = dict(state_of("legacy heads"))
     first = state["input_blocks.0.0.weight"]
@@ -422,6 +456,10 @@ def test_a_diffusion_model_is_no_classifier_and_labels_are_checked(folder):
         load_classifier(folder / "mine.safetensors", flags={"image_size": 8})
     with pytest.raises(ValueError, match="no published classifier"):
         load_classifier(folder / "classifier.safetensors")
+    with pytest.raises(ValueError, match="classifier_depth must be a whole number, got 'deep'"):
+        load_classifier(folder / "classifier.safetensors", flags={"classifier_depth": "deep"})
+    with pytest.raises(ValueError, match="classifier_depth 4 does not go with"):
+        load_classifier(folder / "classifier.safetensors", flags="guided-classifier64")
     flags = CLASSIFIERS["classifier attention"][1]
     classifier = load_classifier(folder / "classifier.safetensors", flags=flags)
     for labels, words in (([10], r"0\.\.9"), ([[1]], "integers"), ([0.5], "integers")):

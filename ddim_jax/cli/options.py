@@ -46,7 +46,7 @@ class Source:
       subfolder: of a model on the Hub, the folder in its repository.
       filename: of a model on the Hub, the file, where there are several.
       flags: of a network of OpenAI's: a JSON file of their flags, the name of a model that they
-        published, such as guided-imagenet64, or their command line in quotes.
+        published, such as guided-imagenet64, or their command line, --flags="--image_size 64".
     """
 
     step: int | None = None

@@ -134,7 +134,7 @@ def load_classifier(
             load_torch(path) if is_torch_file(path) else read_safetensors(path)[0]
         )
         return read_classifier(state, given)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -199,7 +199,6 @@ def _flags(
     strides = {size // resolution for resolution in flags["attention_resolutions"]}
     told = flags | {
         "attention_resolutions": tuple(i for i in range(len(multipliers)) if 2**i in strides),
-        "classifier_pool": flags["classifier_pool"],
         "channel_mult": MULTIPLIERS.get(size, multipliers),
     }
     wrong = [
@@ -211,7 +210,7 @@ def _flags(
     if pixels is not None and pixels != (size // 2 ** (len(multipliers) - 1)) ** 2:
         wrong.append(
             f"image_size is {size}, the weights say "
-            f"{round(pixels**0.5) * 2 ** (len(multipliers) - 1)}"
+            f"{round(max(pixels, 0) ** 0.5) * 2 ** (len(multipliers) - 1)}"
         )
     if wrong:
         lines = ["flags contradict the shapes of the weights:", *map(_in_their_words, wrong)]
@@ -224,6 +223,9 @@ def _shapes_say(state: Mapping[str, np.ndarray], depth: Any) -> dict[str, Any]:
     numbers = {int(m[1]) for m in (re.match(r"input_blocks\.(\d+)\.", n) for n in state) if m}
     try:
         per = int(depth) + 1
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"classifier_depth must be a whole number, got {depth!r}") from None
+    try:
         levels, rest = divmod(len(numbers), per)
         if rest or per < 2:
             raise ValueError(

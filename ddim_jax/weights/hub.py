@@ -86,7 +86,8 @@ def fetch(
     try:
         if offline and not names:
             raise FileNotFoundError("it is not there")
-        need = needed(names, **asked)
+        with _of_the_cache(bool(offline)):
+            need = needed(names, **asked)
         for name in need.settings:
             snapshot = get(name).parents[name.count("/")]
         if need.settings:
@@ -181,6 +182,17 @@ def _listed(
     except (OSError, ValueError):
         return [], reason
     return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()], reason
+
+
+@contextlib.contextmanager
+def _of_the_cache(offline: bool) -> Iterator[None]:
+    """What the cache lacks, the Hub may have."""
+    try:
+        yield
+    except ValueError as error:
+        if offline:
+            raise FileNotFoundError(str(error)) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.weights.diffusers_format import Contents
 from ddim_jax.weights.openai_config import schedule_of, unet_of
 from ddim_jax.weights.openai_flags import Flags, check_flags, read_flags
-from ddim_jax.weights.openai_published import PUBLISHED, published
+from ddim_jax.weights.openai_published import CLASSIFIERS, PUBLISHED, published
 from ddim_jax.weights.state_dict import from_state_dict
 
 PARTS = {
@@ -87,12 +87,13 @@ def find_flags(flags: Flags) -> dict[str, Any]:
       >>> find_flags("guided-imagenet64")["num_channels"]
       192
     """
-    if isinstance(flags, str) and flags in PUBLISHED:
-        return dict(PUBLISHED[flags].flags)
+    known = PUBLISHED | CLASSIFIERS
+    if isinstance(flags, str) and flags in known:
+        return dict(known[flags].flags)
     try:
         return read_flags(flags)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}: {', '.join(PUBLISHED)}") from None
+        raise FileNotFoundError(f"{error}: {', '.join(known)}") from None
 
 
 def network_params(
@@ -126,10 +127,11 @@ def split_heads(
     split: dict[str, np.ndarray] = {}
     for name, array in state.items():
         parts = re.fullmatch(r"(.*)\.qkv\.(weight|bias)", name)
-        if parts is None or array.shape[0] % 3:
+        rows_in = array.shape[0] if array.ndim else 1
+        heads = max(1, _heads(config, rows_in // 3, up=name.startswith("output_blocks")))
+        if parts is None or not rows_in or rows_in % (3 * heads):
             split[name] = array
             continue
-        heads = _heads(config, array.shape[0] // 3, up=name.startswith("output_blocks"))
         order = (3, heads, -1) if new_order else (heads, 3, -1)
         rows = array.reshape(*order, *array.shape[1:])
         for i, letter in enumerate("qkv"):
@@ -200,8 +202,11 @@ def shapes_say(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
             for i in range(levels)
         ]
         time = _shape(state, "middle_block.0.emb_layers.1.weight")[0]
+        multipliers = tuple(w // channels if w % channels == 0 else w / channels for w in widths)
     except KeyError as error:
         raise ValueError(f"not the names of OpenAI's networks: no tensor {error}") from error
+    except (IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"not the shapes of OpenAI's networks: {error}") from error
     if in_channels == 6:
         raise ValueError(
             "its first convolution takes 6 channels: an upsampler (SuperResModel), which needs a "
@@ -212,7 +217,7 @@ def shapes_say(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         "num_channels": channels,
         "num_res_blocks": per - 1,
-        "channel_mult": tuple(w // channels if w % channels == 0 else w / channels for w in widths),
+        "channel_mult": multipliers,
         "attention_resolutions": tuple(
             i for i in range(levels) if f"input_blocks.{1 + i * per}.1.qkv.weight" in state
         ),

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from ddim_jax.weights.openai_published import CLASSIFIERS as PUBLISHED_CLASSIFIERS
 from ddim_jax.weights.openai_published import PUBLISHED
-from tests.openai_cases import CASES, CLASSIFIERS, SAMPLES, digest, drawn, noise, weights
+from tests.openai_cases import CASES, CLASSIFIERS, GUIDED, SAMPLES, digest, drawn, noise, weights
 
 OUT = pathlib.Path(__file__).with_name("openai.npz")
 
@@ -95,15 +95,35 @@ def main(guided, improved):
             )
             for part in ("mean", "log_variance"):
                 out[f"{name} {part}"] = step[part].detach().numpy().transpose(0, 2, 3, 1)
-    _, unet = scripts["guided-diffusion"]
+    (_, unet), classifiers = scripts["guided-diffusion"], {}
     for name, (arguments, _) in CLASSIFIERS.items():
         network, shapes[name] = filled(torch, unet.EncoderUNetModel(**arguments), name)
+        classifiers[name] = network
         x, t, y = drawn(name, arguments["image_size"], arguments["out_channels"])
         x = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
         log_p = torch.log_softmax(network(x, torch.from_numpy(t - 1)), -1)
         (gradient,) = torch.autograd.grad(log_p[range(2), torch.from_numpy(y)].sum(), x)
         out[name] = log_p.detach().numpy()
         out[f"{name} gradient"] = gradient.numpy().transpose(0, 2, 3, 1)
+    case, name, respacing, scale = GUIDED
+    network, flags, _, script = networks[case]
+    _, diffusion = script.create_model_and_diffusion(**flags | {"timestep_respacing": respacing})
+    steps, labels = len(diffusion.timestep_map), torch.from_numpy(drawn("guided", 8, 10)[2])
+
+    def towards(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            chosen = torch.log_softmax(classifiers[name](x, t), -1)[range(2), labels]
+            return scale * torch.autograd.grad(chosen.sum(), x)[0]
+
+    x_T = torch.from_numpy(noise("guided", steps, 8)[0].transpose(0, 3, 1, 2))
+    out["guided"] = (
+        diffusion.ddim_sample_loop(
+            *(network, x_T.shape, x_T, False, None, towards), model_kwargs={}, device="cpu"
+        )
+        .numpy()
+        .transpose(0, 2, 3, 1)
+    )
     whole = {}
     for name, model in PUBLISHED.items():
         script, _ = scripts[model.flags["repository"]]
