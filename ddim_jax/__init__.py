@@ -85,7 +85,15 @@ from ddim_jax.sampling import (
     watch,
 )
 from ddim_jax.version import __version__
-from ddim_jax.weights import Model, load_model, load_torch, save_diffusers, save_model
+from ddim_jax.weights import (
+    Model,
+    NoisyClassifier,
+    load_classifier,
+    load_model,
+    load_torch,
+    save_diffusers,
+    save_model,
+)
 
 __all__ = [
     "GAMMAS",
@@ -97,6 +105,7 @@ __all__ = [
     "Inversion",
     "Method",
     "Model",
+    "NoisyClassifier",
     "ParallelSample",
     "Plan",
     "Prediction",
@@ -139,6 +148,7 @@ __all__ = [
     "inpaint",
     "invert",
     "linear_schedule",
+    "load_classifier",
     "load_model",
     "load_torch",
     "loss",

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ddim_jax as ddim
@@ -26,10 +25,10 @@ from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
 
-METHODS = ["unipc-2", "unipc-3", "dpm-solver-2"]
+METHODS = ["unipc-2", "dpm-solver-2"]
 SMALL = {"steps": [8, 4, 2, 1], "teacher_steps": 32, "seeds": [0, 1, 2], "updates": 700,
          "train_batch": 32, "learning_rate": 1e-3, "gamma": "truncated-snr",
-         "method": METHODS, "spacings": ["linear", "quadratic", "logsnr"], "also": [10, 50],
+         "method": METHODS, "spacings": ["linear", "quadratic", "logsnr"], "also": [50],
          "num_images": ["2000"]}  # fmt: skip
 FULL = {"updates": RECIPE.num_updates, "train_batch": RECIPE.batch_size, "teacher_steps": 1024,
         "learning_rate": RECIPE.learning_rate, "num_images": ["50000"], "seeds": [0]}  # fmt: skip
@@ -42,7 +41,7 @@ HELP = {
     "gamma": "the weight of each t",
     "method": "the solvers beside DDIM",
     "spacings": "of the solvers' τ and of DDIM's",
-    "also": "S of further cells of DDIM and the solvers, to compare with",
+    "also": "S of further cells of DDIM along a linear τ, to compare with",
 }
 
 
@@ -61,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     for seed in args.seeds:
         students = _students(experiment, seed)
         for steps in sorted({*args.steps, *args.also}, reverse=True):
-            ways = {f"{name}-{spacing}": (model, spacing, name)
-                    for name in ("ddim", *args.method) for spacing in args.spacings}  # fmt: skip
+            ways = {"ddim-linear": ("ddim", experiment.tau(steps, "linear"), model)}
             if steps in args.steps:
-                ways = {"student": (students[steps], None, "ddim"), **ways}
-            for way, (network, spacing, name) in ways.items():
-                tau = network.tau if spacing is None else experiment.tau(steps, spacing)
+                ways = {"student": ("ddim", students[steps].tau, students[steps])}
+                ways |= {f"{name}-{spacing}": (name, experiment.tau(steps, spacing), model)
+                         for name in ("ddim", *args.method) for spacing in args.spacings}  # fmt: skip
+            for way, (name, tau, network) in ways.items():
                 judge = partial(_judge, experiment, network, tau, name, seed)
                 cell = experiment.cell(f"{way}-S{steps}-seed{seed}", judge)
                 cells.append({"way": way, "S": steps, "seed": seed, **cell})

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     experiment.dataset = dataset
     network = dataclasses.replace(preset.model, dtype=args.dtype or preset.model.dtype)
     bench = Bench(experiment, preset, network)
-    what = {"network": dataclasses.asdict(network), "train": dataclasses.asdict(preset.train)}
+    what = {"network": network.facts(), "train": dataclasses.asdict(preset.train)}
     experiment.begin(data=dataset.provenance, sigma_data=bench.sigma_data, **what)
     cells = []
     for name in args.objectives:

@@ -25,7 +25,7 @@ from ddim_jax.training.presets import PRESETS, DataConfig, learned_from
 
 def digest(model: ddim.Model) -> dict[str, Any]:
     """Which weights these are."""
-    what = [dataclasses.asdict(model.config), model.prediction.kind]
+    what = [model.config.facts(), model.prediction.kind]
     sha = hashlib.sha256(json.dumps(what).encode())
     sha.update(np.asarray(model.schedule.log_alpha_bar).tobytes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):

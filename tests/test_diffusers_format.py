@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 
 import jax
@@ -14,13 +15,9 @@ from ddim_jax.networks import unet
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights import load_model, save_diffusers, to_facts
-from ddim_jax.weights.diffusers_config import (
-    schedule_config,
-    scheduler_settings,
-    unet_config,
-    unet_settings,
-)
+from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.diffusers_format import diffusers_name
+from ddim_jax.weights.diffusers_scheduler import schedule_config, scheduler_settings
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
@@ -138,7 +135,7 @@ def test_layouts(tmp_path, tiny, layout):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), got.params, want.params))
     assert got.config == want.config
     assert got.facts["source"] == "diffusers"
-    assert got.facts["sampling"] == {"clip_sample": False}
+    assert got.facts["sampling"] == {"_class_name": "DDIMScheduler", "clip_sample": False}
 
 
 def test_half_precision_weights_become_float32(tmp_path, tiny):
@@ -200,17 +197,40 @@ def test_round_trip(tmp_path, config):
         save_diffusers(tmp_path / "saved", model)
 
 
-def test_labels_of_others_are_refused(tmp_path):
+def test_labels_of_others_are_all_labels(tmp_path):
     """Their last label is a label, ours means none."""
     folder = write_folder(tmp_path / "a", unet_settings(LABELS), state=tiny_state(LABELS))
-    with pytest.raises(ValueError, match="num_class_embeds is 4 .* only where ddim_jax wrote them"):
-        load_model(folder)
+    model = load_model(folder)
+    assert model.config == dataclasses.replace(LABELS, num_classes=4, null_label=False)
+    x, t = jnp.zeros((1, 8, 8, 3)), jnp.array([5])
+    assert (
+        jax.eval_shape(model.apply_fn, model.params, x, t, labels=jnp.array([3])).shape == x.shape
+    )
+    with pytest.raises(ValueError, match=r"without labels: give \(B,\) in 0\.\.3, as its table"):
+        model.denoise(x, t)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.3, .* got 4"):
+        model.apply_fn(model.params, x, t, labels=jnp.array([4]))
 
 
-def test_networks_that_diffusers_has_not(tmp_path):
-    config = dataclasses.replace(TINY, multipliers=(2, 2))
-    with pytest.raises(ValueError, match="the first of them to be 1"):
-        unet_settings(config)
+def test_networks_that_diffusers_has_not():
+    lacks = {
+        "multipliers": ((2, 2), r"multipliers\[0\] is 2, it has 1"),
+        "sinusoids": (16, "sinusoids are 16, it has 64"),
+        "resample_up": ("pool", "resample_up has 'pool'"),
+        "num_heads_up": (4, r"several widths, \[16, 64\]"),
+        "middle_norm_groups": (0, "middle_norm_groups is 0"),
+    }
+    fields = {name: value for name, (value, _) in lacks.items()}
+    config = dataclasses.replace(TINY, channels=32, **fields)
+    with pytest.raises(ValueError, match="diffusers has no such network") as error:
+        unet_settings(config)  # all in one message
+    for _, says in lacks.values():
+        assert re.search(says, str(error.value)), says
+    mixed = dataclasses.replace(
+        TINY, multipliers=(1, 2, 2), attention_resolutions=(8, 4), resample_down=("conv", "block")
+    )
+    with pytest.raises(ValueError, match="resample_down has both 'conv' and 'block'"):
+        unet_settings(mixed)
 
 
 def test_a_folder_without_scheduler(tmp_path):
@@ -226,39 +246,54 @@ def test_a_folder_without_scheduler(tmp_path):
     ("change", "says"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "_class_name is 'UNet2DConditionModel'"),
-        ({"attention_head_dim": 8}, "attention_head_dim is 8"),
-        ({"norm_eps": 1e-5}, "norm_eps is 1e-05 in config.json, Ho et al.'s network has 1e-06"),
+        ({"attention_head_dim": 128}, "head_width must be at most 64"),
+        ({"attention_head_dim": 0}, "attention_head_dim is 0, not a whole number >= 1"),
+        ({"norm_eps": "small"}, "norm_eps is 'small', not a number"),
+        ({"norm_eps": -1e-5}, "norm_eps must be a number above 0"),
         ({"norm_num_groups": 24}, "multiple of 24"),
-        ({"norm_num_groups": None}, "norm_groups must be an int >= 1, got None"),
-        ({"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
-        ({"freq_shift": 0}, "freq_shift is 0"),
-        ({"downsample_padding": 1}, "downsample_padding is 1"),
-        ({"center_input_sample": True}, "center_input_sample is True"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
-        ({"time_embedding_dim": 64}, "time_embedding_dim is 64, not 128"),
-        ({"mid_block_type": None}, "mid_block_type is None"),
-        ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor is 1.4"),
-        ({"downsample_type": "resnet"}, "downsample_type is 'resnet'"),
-        ({"upsample_type": "resnet"}, "upsample_type is 'resnet'"),
-        ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is 'scale_shift'"),
-        ({"add_attention": False}, "add_attention is False"),
-        ({"attn_norm_num_groups": 8}, "attn_norm_num_groups is 8"),
-        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
-        ({"num_class_embeds": 10}, "num_class_embeds is 10"),
-        ({"out_channels": 6}, "out_channels is 6"),
-        ({"sample_size": None}, "sample_size is None"),
-        ({"sample_size": [8]}, r"sample_size is \[8\] in config.json, a side or \[H, W\]"),
+        ({"norm_num_groups": None}, "norm_num_groups is None, not a whole number"),
+        ({"flip_sin_to_cos": "no"}, "flip_sin_to_cos is 'no'; known are False, True"),
+        ({"freq_shift": 16}, "frequency_shift must be below 16"),
+        ({"downsample_padding": 2}, "downsample_padding is 2; known are 0, 1"),
+        ({"center_input_sample": None}, "center_input_sample is None"),
+        ({"time_embedding_type": "fourier"}, "'fourier', which is for the variance-exploding"),
+        ({"time_embedding_type": "learned"}, "num_train_timesteps is None"),
+        ({"time_embedding_dim": [64]}, r"time_embedding_dim is \[64\]"),
+        ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type is 'UNetMidBlock2DCross"),
+        ({"mid_block_scale_factor": 0}, "middle_scale must be a number above 0"),
+        ({"downsample_type": "fir"}, "downsample_type is 'fir'; known are 'conv', 'resnet', None"),
+        ({"upsample_type": ["conv"]}, r"upsample_type is \['conv'\]"),
+        ({"act_fn": "tanh"}, "act_fn is 'tanh'; known are 'silu'"),
+        ({"act_fn": None}, "act_fn is None"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift is 'spatial'"),
+        ({"add_attention": "yes"}, "add_attention is 'yes'"),
+        ({"attn_norm_num_groups": 7}, "middle_norm_groups must divide 64"),
+        ({"class_embed_type": "projection"}, "class_embed_type is 'projection'"),
+        ({"num_class_embeds": -1}, "num_class_embeds is -1"),
+        ({"out_channels": None}, "out_channels is None"),
+        ({"sample_size": None}, "sample_size is null: pass image_size"),
+        ({"sample_size": [8]}, r"sample_size is \[8\], a side or \[H, W\]"),
+        ({"sample_size": "8"}, "sample_size is '8', a side"),
         ({"sample_size": [8, 9]}, "multiple of 2"),
         ({"sample_size": 9}, "multiple of 2"),
-        ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "'SkipDownBlock2D'"),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types is .* way down mirrored"),
-        ({"down_block_types": ["DownBlock2D"]}, "down_block_types is 1"),
-        ({"block_out_channels": [64, 96]}, "block_out_channels is"),
+        (
+            {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]},
+            "'SkipDownBlock2D', which is",
+        ),
+        ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "takes a text or an image too"),
+        ({"up_block_types": ["KUpBlock2D", "UpBlock2D"]}, "'KUpBlock2D', which is of a network"),
+        ({"up_block_types": ["DownBlock2D", "UpBlock2D"]}, "up_block_types has 'DownBlock2D'"),
+        ({"down_block_types": ["DownBlock2D"]}, "down_block_types is .*, not as long as"),
+        ({"down_block_types": "DownBlock2D"}, "down_block_types is 'DownBlock2D', not a list"),
+        (
+            {"block_out_channels": [64, 95]},
+            r"multipliers\[1\] \* channels must be a multiple of 32",
+        ),
         ({"block_out_channels": []}, "block_out_channels is"),
-        ({"block_out_channels": 64}, "does not say the shape"),
+        ({"block_out_channels": 64}, "block_out_channels is 64, not a list of widths"),
         ({"block_out_channels": [33, 66]}, "multiple of 32"),
-        ({"layers_per_block": "two"}, "num_blocks must be an int"),
+        ({"block_out_channels": [32, 10**400]}, "in our words: int too large"),
+        ({"layers_per_block": "two"}, "layers_per_block is 'two', not a whole number"),
         ({"layers_per_block": 10**12}, "too few for 2 levels of 1000000000000 blocks"),
         ({"novel": 1}, "unknown here: novel"),
     ],
@@ -269,14 +304,27 @@ def test_other_networks_are_refused_by_name(tmp_path, change, says):
         load_model(folder)
 
 
-def test_the_defaults_of_diffusers_are_refused():
-    """An absent setting has diffusers' default, which is not Ho et al.'s."""
-    defaults = {"flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "norm_eps": 1e-5}
-    for field, default in {**defaults, "attention_head_dim": 8}.items():
-        settings = unet_settings(TINY)
-        del settings[field]
-        with pytest.raises(ValueError, match=f"{field} is {default}"):
-            unet_config(settings)
+def test_all_that_cannot_be_read_is_named_at_once():
+    bad = {"act_fn": "tanh", "time_embedding_type": "fourier", "novel": 1, "norm_eps": None}
+    blocks = {"down_block_types": ["AttnSkipDownBlock2D", "AttnDownBlock2D"]}
+    with pytest.raises(ValueError, match="no network that is read here") as error:
+        unet_config({**unet_settings(TINY), **bad, **blocks, "sample_size": None})
+    assert len(str(error.value).splitlines()) == 7
+    for name in (*bad, *blocks, "sample_size"):
+        assert name in str(error.value)
+
+
+def test_an_absent_setting_has_the_default_of_diffusers():
+    config = unet_config({"block_out_channels": [32, 64, 64, 64]}, image_size=(32, 64))
+    ours = {"head_width": 8, "norm_eps": 1e-5, "cosine_first": True, "frequency_shift": 0}
+    ours |= {"attention_resolutions": (16, 8, 4), "downsample_padding": (1, 1), "dropout": 0.0}
+    assert config == unet.UNetConfig((32, 64), 3, 32, **ours)
+
+
+def test_an_image_size_goes_before_that_of_the_folder(tmp_path):
+    folder = write_folder(tmp_path / "folder", {**unet_settings(TINY), "sample_size": None})
+    assert load_model(folder, image_size=8).config == TINY
+    assert load_model(folder, image_size=(8, 24)).image_shape == (8, 24, 3)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +333,6 @@ def test_the_defaults_of_diffusers_are_refused():
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatch"),
         ({"trained_betas": [0.1]}, "trained_betas is"),
         ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr is 'yes'"),
-        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
         ({"num_train_timesteps": 10**12}, "num_train_timesteps is 10"),
@@ -329,8 +376,10 @@ def test_broken_folders(tmp_path):
     with pytest.raises(ValueError, match="empty is a folder, but not a run .* no config.json"):
         load_model(tmp_path / "empty")
     folder = write_folder(tmp_path / "none", weights=False)
-    (folder / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="neither .*safetensors nor .*bin; it has config.json, "):
+    with pytest.raises(
+        ValueError,
+        match="none: it has neither .*safetensors nor .*bin, nor .*; it has config.json, ",
+    ):
         load_model(folder)
     (folder / "config.json").write_text("{" * 100_000)
     with pytest.raises(ValueError, match="config.json is missing or not JSON"):

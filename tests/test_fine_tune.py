@@ -17,7 +17,7 @@ from ddim_jax.training.presets import PRESETS, cifar10
 from ddim_jax.training.starting import follow, sha256, start_from
 from ddim_jax.training.step import init_state
 from ddim_jax.weights import load_model, to_facts
-from ddim_jax.weights.pretrained import save_diffusers
+from ddim_jax.weights.saving import save_diffusers
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config, make_dataset
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -647,3 +647,18 @@ def test_the_bar_counts_images(draw, capsys):
     (folder / "images-00005.npy").unlink()
     draw(progress=True)
     assert re.search(r"20/21", capsys.readouterr().err)
+
+
+def test_as_the_model_says(draw):
+    """The images of `model.sampler`; another scheduler is another folder."""
+    model = toy()._replace(facts={"sampling": {"_class_name": "DDPMScheduler"}})
+    kept = draw("kept", model, 3, method="as-stored")
+    x = x_T(np.arange(3))
+    key = jax.random.split(jax.random.key(0))[1]
+    np.testing.assert_array_equal(images(kept), to_uint8(model.sampler(5)(x, key)))
+    other = toy()._replace(facts={"sampling": {"_class_name": "DDIMScheduler"}})
+    with pytest.raises(ValueError, match="model.sampling._class_name: saved 'DDPMScheduler', now"):
+        draw("kept", other, 3, method="as-stored")
+    for wrong in ({"clip": True}, {"spacing": "quad"}):
+        with pytest.raises(ValueError, match="'as-stored' takes spacing and clip from the model"):
+            draw("none", model, 3, method="as-stored", **wrong)

@@ -223,6 +223,28 @@ HOSTILE = {
     "too big": (tensor(size=(2**40, 2**40), stride=(0, 0)), "too big|too large|Maximum"),
     "strides missing": (tensor(stride=()), "argument"),
     "tensor of no storage": (tensor(b"K\x05"), "where none belongs"),
+    "counter of a call": (Call("collections", "Counter", "abc"), "where none belongs"),
+    "set of a string": (Call("builtins", "set", "abc"), "where none belongs"),
+    "type of objects": (Call("numpy", "dtype", "O8", False, True), "'O8', which is no number"),
+    "scalar of a storage": (
+        Call("numpy._core.multiarray", "scalar", Name("torch", "FloatStorage"), "x"),
+        "where none belongs",
+    ),
+    "scalar of many bytes": (
+        Call(
+            "numpy.core.multiarray",
+            "scalar",
+            Call("numpy", "dtype", "f4"),
+            Call("_codecs", "encode", "x" * 8, "latin1"),
+        ),
+        "too many values",
+    ),
+    "the other byte order": (
+        dumps(Call("numpy", "dtype", "f4")) + dumps((3, ">", None)) + b"b",
+        "other byte order",
+    ),
+    "codec": (Call("_codecs", "encode", "x", "rot13"), "bytes in 'rot13'"),
+    "device of a dict": (Call("torch", "device", {}), "where none belongs"),
     "a module": (b"(X\x06\x00\x00\x00modulectorch\nSize\nX\x01\x00\x00\x000K\x01K\x01tQ", "plain"),
 }
 

@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax.networks.unet import (
-    GroupNorm,
-    UNetConfig,
-    abstract_params,
-    build,
-    count_params,
-    upsample,
-)
-from ddim_jax.networks.unet import timestep_embedding as embed
+from ddim_jax.networks.blocks import GroupNorm, upsample
+from ddim_jax.networks.blocks import timestep_embedding as embed
+from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params
 from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)

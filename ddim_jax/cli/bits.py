@@ -11,11 +11,13 @@ import numpy as np
 import tyro
 
 from ddim_jax.cli.options import Source, check_writable
+from ddim_jax.data import Dataset
 from ddim_jax.evaluation.bits import bits_per_dim
 from ddim_jax.process import predicts
 from ddim_jax.sampling import clip_x0
 from ddim_jax.storage.files import portable, write_whole
 from ddim_jax.training.presets import DataConfig
+from ddim_jax.weights import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Bits:
       num_images: how many images of the data, drawn without replacement by --seed; by default 256,
         or all where there are fewer.
       num_terms: of the bound, draw so many t for each image; 0 sums over all.
-      variance: of the bound, that of p: small is σ(η)², large is σ̂².
+      variance: of the bound, that of p: small is σ(η)², large is σ̂², and learned is the network's
+        own; by default learned where the network learned it, else small.
       eta: of the bound, above 0; 1 is DDPM.
       clip: of the bound and the ODE, clip each predicted x_0 to [−1, 1].
       probes: of the ODE, random vectors an image; 0 takes the exact trace, one derivative a pixel.
@@ -42,7 +45,7 @@ class Bits:
     bits: Literal["bound", "ode"] | None = None
     num_images: int | None = None
     num_terms: int = 0
-    variance: Literal["small", "large"] = "small"
+    variance: Literal["small", "large", "learned"] | None = None
     eta: float = 1.0
     clip: bool = False
     probes: int = 1
@@ -99,11 +102,13 @@ def evaluate_bits(
             f"--num-images must be at most {len(dataset):,}, the images of {data.name} "
             f"{data.split}, got {count:,}"
         )
+    classes = _classes(loaded, dataset)
     chosen = np.random.default_rng(options.seed).permutation(len(dataset))[:count]
     numbers = np.sort(chosen)
+    taken = dataset.take(numbers)
     result = bits_per_dim(
         predicts(loaded, x0_fn=clip_x0(1.0)) if options.clip else loaded,
-        dataset.take(numbers)["image"],
+        taken["image"],
         options.bits or "bound",
         eta=options.eta,
         variance=options.variance,
@@ -112,6 +117,7 @@ def evaluate_bits(
         tolerance=options.tolerance,
         seed=options.seed,
         numbers=numbers,
+        labels=taken["label"] if classes else None,
         batch_size=options.batch_size,
         progress=True,
     )
@@ -121,3 +127,16 @@ def evaluate_bits(
         text = json.dumps(result.to_json() | facts, indent=1, default=str, allow_nan=False)
         write_whole(options.out, text.encode())
     print(result)
+
+
+def _classes(model: Model, dataset: Dataset) -> bool:
+    """Whether the network is told the images' classes: where it does not work without."""
+    wanted = getattr(model.config, "num_classes", None)
+    if wanted is None or model.config.null_label:
+        return False
+    if dataset.num_classes != wanted:
+        raise ValueError(
+            f"the model must be told one of {wanted} classes of each image, and {dataset.name} has "
+            f"{dataset.num_classes or 'none'}: name the data that it learned from"
+        )
+    return True

@@ -12,7 +12,7 @@ import tyro
 from ddim_jax.cli.options import Sampling, SourceOptions, Way, check_writable
 from ddim_jax.generation.artifact import SUFFIX, export_sampler
 from ddim_jax.networks.unet import count_params
-from ddim_jax.weights import Model, save_diffusers, save_model
+from ddim_jax.weights import Model, hub, save_diffusers, save_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ def export(
     float16: bool = False,
     diffusers: bool = False,
     overwrite: bool = False,
+    push: str | None = None,
+    private: bool = False,
 ) -> None:
     """Write a model as a .safetensors file or a diffusers folder, or a sampler as .stablehlo.
 
@@ -58,7 +60,9 @@ def export(
       out: the file or folder to write; m.stablehlo is a whole sampler that runs with JAX alone.
       float16: halve the weights; they are rounded to 11 bits and read back as float32.
       diffusers: write a folder for `DDIMPipeline.from_pretrained`.
-      overwrite: replace the file if it exists (never a folder).
+      overwrite: replace the file if it exists (never a folder); with --push, files on the Hub.
+      push: put it on the Hugging Face Hub too, as org/name, which must be new or empty.
+      private: of a new repository there, which others then do not see.
     """
     whole = out.suffix == SUFFIX and not diffusers
     if diffusers and float16:
@@ -72,6 +76,8 @@ def export(
     if not whole and program != Program():
         raise ValueError(f"how to sample is for a whole sampler, {out.with_suffix(SUFFIX)}")
     if whole:
+        if push is not None:
+            raise ValueError("--push is for a model, not for a whole sampler")
         program.sampling.check()
         if float16 and program.bfloat16:
             raise ValueError("give --float16 or --bfloat16, not both")
@@ -88,9 +94,15 @@ def export(
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent} for {out.name}; make it first")
     check_writable(out)
+    if private and push is None:
+        raise ValueError("--private is for --push")
+    if push is not None:
+        hub.check_push(
+            push, ["model_index.json"] if diffusers else [f.name for f in files], overwrite
+        )
     loaded = source.load(model)
     if whole:
-        sampling = program.sampling.of(loaded, model)
+        sampling = program.sampling.of(loaded)
         _write_sampler(loaded, out, program, sampling, float16, overwrite)
         return
     if diffusers:
@@ -99,6 +111,8 @@ def export(
         save_model(out, loaded, float16=float16, overwrite=overwrite)
     draw = shlex.join(["ddim-jax", "sample", str(out)])
     print(f"wrote {out}: {count_params(loaded.params):,} parameters; {draw}")
+    if push is not None:
+        print(f"{hub.push(out, push, private)}: {shlex.join(['ddim-jax', 'sample', push])}")
 
 
 def _write_sampler(

@@ -6,13 +6,13 @@ import pathlib
 
 import tyro
 
-from ddim_jax.cli.options import ProcessOptions, SamplingOptions, SourceOptions, check_writable
+from ddim_jax.cli.options import DrawingOptions, ProcessOptions, SourceOptions, check_writable
 from ddim_jax.generation import shards as module
 
 
 def generate(
     model: tyro.conf.Positional[str],
-    sampling: SamplingOptions,
+    sampling: DrawingOptions,
     source: SourceOptions,
     processes: ProcessOptions,
     out: pathlib.Path,
@@ -34,16 +34,18 @@ def generate(
     module.check_sizes(num_images, batch_size, shard_size)
     check_writable(out / "settings.json")
     processes.join()
-    model = sampling.model(model)
-    loaded = source.load(model)
-    sampling = sampling.of(loaded, model)
+    loaded = source.load(sampling.model(model))
+    sampling.check_model(model, loaded)
+    sampling = sampling.of(loaded)
+    pipeline = sampling.as_stored and sampling.tau is None
+    steps = sampling.steps if pipeline else sampling.timesteps(loaded.schedule)
     module.generate(
         loaded,
         out,
         num_images,
-        sampling.timesteps(loaded.schedule),
+        steps,
         sampling.eta,
-        method=sampling.method,
+        method=module.AS_STORED if sampling.as_stored else sampling.method,
         clip=sampling.clip,
         labels=sampling.wanted,
         guidance=sampling.guidance,

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from fractions import Fraction
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import tyro
@@ -19,6 +19,7 @@ from ddim_jax.sampling import Method, find_method
 from ddim_jax.storage.files import portable
 from ddim_jax.training import parallel
 from ddim_jax.weights import Model, load_model
+from ddim_jax.weights.model import SAYING_HOW, Stored, own_tau, stored
 from ddim_jax.weights.pretrained import with_classes
 
 Spacing = Literal[
@@ -34,11 +35,19 @@ class Source:
 
     Attributes:
       step: which checkpoint of a run folder, the latest by default.
-      config: the network of a PyTorch checkpoint: cifar10, celeba64 or lsun256.
+      config: the network of a PyTorch checkpoint: cifar10, celeba64, lsun256 or a config.json.
       image_size: of a PyTorch checkpoint of another network, a side or height and width; its
-        shapes tell the rest.
+        shapes tell the rest. Of a diffusers folder, in place of its own.
       schedule: of the noise, T = 1000, in place of what the file says; linear is the paper's.
       prediction: what the network predicts, in place of what the file says; noise if neither says.
+      part: of a checkpoint with several networks, the name of one, such as ema.
+      variant: of a diffusers folder, such as fp16.
+      ignore: tensors beside the network's to leave out, such as logvar; * stands for anything.
+      revision: of a model org/name on the Hub, a branch, tag or commit.
+      subfolder: of a model on the Hub, the folder in its repository.
+      filename: of a model on the Hub, the file, where there are several.
+      flags: of a network of OpenAI's: a JSON file of their flags, the name of a model that they
+        published, such as guided-imagenet64, or their command line, --flags="--image_size 64".
     """
 
     step: int | None = None
@@ -46,6 +55,13 @@ class Source:
     image_size: int | tuple[int, int] | None = None
     schedule: Literal["linear", "cosine"] | None = None
     prediction: Literal["eps", "x_0", "v", "edm"] | None = None
+    part: str | None = None
+    variant: str | None = None
+    ignore: tuple[str, ...] | None = None
+    revision: str | None = None
+    subfolder: str | None = None
+    filename: str | None = None
+    flags: str | None = None
 
     def given(self) -> dict[str, Any]:
         return {
@@ -140,12 +156,17 @@ class Sampling(Way, Classes):
     seed: int = 0
 
     def __str__(self) -> str:
-        eta = f"eta = {self.eta:g}"
-        how = eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
         asked = {name: getattr(self, name) for name in CONDITION if getattr(self, name) is not None}
-        parts = [f"tau {self.tau}" if self.tau is not None else f"S = {self.steps or STEPS}", how]
+        steps = f"S = {self.steps or STEPS}" if self.tau is None else f"tau {self.tau}"
+        parts = [steps, self.how]
         parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in asked.items()]
         return ", ".join([*parts, f"seed {self.seed}"])
+
+    @property
+    def how(self) -> str:
+        """The method."""
+        eta = f"eta = {self.eta:g}"
+        return eta if self.method == "ddim" else self.method + (f", {eta}" if self.eta else "")
 
     @property
     def stem(self) -> str:
@@ -154,13 +175,12 @@ class Sampling(Way, Classes):
         asked = {short: getattr(self, name) for name, short in names.items()}
         marks = [f"{short}{_short(value)}" for short, value in asked.items() if value is not None]
         steps = len(_numbers(self.tau)) if self.tau is not None else self.steps or STEPS
-        eta, name = f"eta{self.eta:g}", self.method.replace(":", ".")
-        how = eta if self.method == "ddim" else name + (f"-{eta}" if self.eta else "")
+        how = self.how.replace(", ", "-").replace(" = ", "").replace(":", ".")
         return file_name("-".join(["", *marks, f"S{steps}", how, f"seed{self.seed}"]))
 
     def words(self) -> list[str]:
         """The options that say all of this but the classes."""
-        defaults, words = Sampling(steps=STEPS), list[str]()
+        defaults, words = type(self)(steps=STEPS), list[str]()
         for name, value in dataclasses.asdict(self).items():
             if name in ("label", "labels") or value == getattr(defaults, name):
                 continue
@@ -186,19 +206,13 @@ class Sampling(Way, Classes):
         interval = self.interval(model.schedule.num_steps)
         return condition(model, self.wanted, self.guidance, interval)
 
-    def of(self, model: Model, name: str) -> Sampling:
-        """The same with `steps`, and with the τ of a distilled model, unless another is given."""
-        if model.tau is None or self.tau is not None:
+    def of(self, model: Model) -> Self:
+        """The same with `steps`, or with the τ of a distilled model, unless another is given."""
+        usual = (self.method, self.eta, self.spacing) == ("ddim", 0.0, "linear")
+        own = own_tau(model, self.steps, usual) if self.tau is None else None
+        if own is None:
             return dataclasses.replace(self, steps=self.steps or STEPS)
-        usual, calls = Sampling(), len(model.tau)
-        way = (self.spacing, self.method, self.eta)
-        tau = ",".join(map(str, model.tau))
-        if self.steps not in (None, calls) or way != (usual.spacing, usual.method, usual.eta):
-            raise ValueError(
-                f"{name} is distilled to S = {calls}, along tau {tau} by ddim with eta = 0: leave "
-                "out --steps, --spacing, --method and --eta, or give a --tau to draw it otherwise"
-            )
-        return dataclasses.replace(self, steps=STEPS, tau=tau)
+        return dataclasses.replace(self, steps=STEPS, tau=",".join(map(str, own)))
 
     def timesteps(self, schedule: Schedule) -> np.ndarray:
         """τ, as asked for."""
@@ -231,6 +245,46 @@ class Sampling(Way, Classes):
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawing(Sampling):
+    """How to draw, or that the model says it.
+
+    Attributes:
+      as_stored: as the model says: the scheduler of a diffusers folder, or the flags of OpenAI's
+        networks; its method, spacing of τ and clipping.
+    """
+
+    as_stored: bool = False
+
+    @property
+    def how(self) -> str:
+        if not self.as_stored:
+            return super().how
+        return "as stored" + (f", eta = {self.eta:g}" if self.eta else "")
+
+    def check(self) -> Method:
+        """As `Sampling.check`."""
+        fields = {f: getattr(Sampling(), f) for f in ("method", "spacing", "tau", "clip")}
+        given = [f for f, default in fields.items() if getattr(self, f) != default]
+        if self.as_stored and given:
+            raise ValueError(f"--as-stored takes {given[0]} from the model: leave out one of them")
+        return super().check()
+
+    def check_model(self, name: str, model: Model) -> None:
+        """Raises ValueError where the model does not say it; says so where it does in vain."""
+        says = model.facts.keys() & SAYING_HOW
+        if self.as_stored and not says and model.tau is None:
+            raise ValueError(f"{name} does not say how it is sampled: leave out --as-stored")
+        if says and not self.as_stored:
+            print(f"drawn by {self.method}, and not as {name} says itself: --as-stored does that")
+
+    def stored(self, model: Model, method: Method) -> Stored:
+        """Model, τ and method as asked for."""
+        if self.as_stored and self.tau is None:
+            return stored(model, self.steps, eta=self.eta or None)
+        return Stored(model, self.timesteps(model.schedule), method)
+
+
+@dataclasses.dataclass(frozen=True)
 class Processes:
     """Several processes; Slurm, Open MPI and Cloud TPU say these by themselves.
 
@@ -251,6 +305,7 @@ class Processes:
 SourceOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Source]
 ClassOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Classes]
 SamplingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Sampling]
+DrawingOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Drawing]
 ProcessOptions: TypeAlias = tyro.conf.OmitArgPrefixes[Processes]
 
 

@@ -14,8 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from ddim_jax.cli.options import (
+    DrawingOptions,
     Sampling,
-    SamplingOptions,
     Source,
     SourceOptions,
     check_writable,
@@ -33,7 +33,7 @@ FRAMES = 30  # at most, of an animation
 
 def sample(
     model: tyro.conf.Positional[str],
-    sampling: SamplingOptions,
+    sampling: DrawingOptions,
     source: SourceOptions,
     num_images: int = 64,
     first: int = 0,
@@ -49,8 +49,8 @@ def sample(
 
     Args:
       model: "digits" (ships with the package; where a class is asked for it is "digits-labels"), a
-        run folder, a .safetensors file, a PyTorch checkpoint in the names of Ho et al. and the
-        authors, or a diffusers folder.
+        run folder, a .safetensors file, a PyTorch checkpoint in the names of the authors, of
+        diffusers or of OpenAI, a diffusers folder, or any of these as org/name on the Hub.
       num_images: how many; image k is the same whatever their number.
       first: the number of the first image.
       batch_size: images at a time on each device, 16 by default or fewer if fewer are drawn. The
@@ -74,7 +74,8 @@ def sample(
     for option, file in files.items():
         _check_file(option, file, overwrite)
     loaded = source.load(model)
-    sampling = sampling.of(loaded, model)
+    sampling.check_model(model, loaded)
+    sampling = sampling.of(loaded)
     if each is None and not any(files.values()):
         number = f"-first{first}" if first else ""
         stem = f"{pathlib.Path(model).resolve().stem}{sampling.stem}{number}"
@@ -91,9 +92,9 @@ def sample(
     classes = [None] * num_images if labels is None else labels.tolist()
     names = [None if label is None else name_of(loaded, label) for label in classes]
     singles = [] if each is None else _single_files(each, numbers, names, overwrite)
-    tau = sampling.timesteps(loaded.schedule)
+    loaded, tau, method = sampling.stored(loaded, method)
     shown = _shown(num_images, loaded.image_shape) if gif or webp else 0
-    keep = _kept(len(tau)) if shown else None
+    keep = _kept(len(method(loaded.schedule, tau).t)) if shown else None
     draw, devices = make_drawer(
         loaded, tau, method, condition, sampling.seed, clip=sampling.clip, keep=keep
     )

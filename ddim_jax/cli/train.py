@@ -28,7 +28,7 @@ from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.training.starting import Start, check_same_start, facts_of_run, follow, start_from
 from ddim_jax.training.step import objective
 from ddim_jax.training.watching import PROJECT, check_wandb
-from ddim_jax.weights import Model, to_facts
+from ddim_jax.weights import Model, from_facts, to_facts
 
 # A preset of the user's own, module:function, is one more choice, if the line asks for it.
 MAKERS = {**PRESETS, **{w: import_name(w, "preset") for w in sys.argv[2:3] if ":" in w}}
@@ -60,7 +60,8 @@ def train(
       out: the run folder, runs/PRESET by default.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       init: fine-tune a model: a shipped name, a run folder, a weights file, a diffusers folder, a
-        PyTorch file. Network, schedule and prediction are its own; classes may be added.
+        PyTorch file, org/name on the Hub. Network, schedule and prediction are its own; classes may
+        be added.
       init_as: what the model's file does not say, or which of its contents is meant.
       resume: "never": `out` must not hold a run. "must": continue from its last checkpoint.
         "auto": continue where there is one, begin where there is none.
@@ -103,7 +104,8 @@ def train(
     }
     if dry_run:
         count = count_params(abstract_params(preset.model))
-        print(describe({**dataclasses.asdict(preset), "parameters": count, "out": str(out)}))
+        whole = {**dataclasses.asdict(preset), "model": preset.model.facts()}
+        print(describe({**whole, "parameters": count, "out": str(out)}))
         print(missing if dataset is None else _checked(preset, dataset, out, facts, resume))
         return
     assert dataset is not None
@@ -186,8 +188,8 @@ def _fitted(
     """A preset that suits the images, or as it was when the run began."""
     if not saved:
         return fitting.fit_preset(preset, given, dataset.image_shape, network=network)
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["model"].items()}
-    return fitting.filled(preset, given, tuples, saved["train"])
+    learned = dataclasses.asdict(from_facts(saved)[1])
+    return fitting.filled(preset, given, learned, saved["train"])
 
 
 def _timed(preset: Fitted, given: set[str], start: Start, dataset: Dataset) -> Fitted:

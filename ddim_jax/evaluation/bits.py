@@ -14,7 +14,9 @@ from tqdm import tqdm
 from ddim_jax.arrays import Array, ArrayLike, image_keys
 from ddim_jax.evaluation.figures import Figure
 from ddim_jax.pictures.images import to_model
+from ddim_jax.process.prediction import variance_of
 from ddim_jax.sampling import dequantise, ode_density, variational_bound
+from ddim_jax.sampling.learned import with_variance
 from ddim_jax.weights import Model
 
 BY = ("bound", "ode")
@@ -52,12 +54,13 @@ def bits_per_dim(
     *,
     tau: ArrayLike | None = None,
     eta: float = 1.0,
-    variance: str = "small",
+    variance: str | None = None,
     num_terms: int | None = None,
     probes: Any = 1,
     tolerance: float = 1e-5,
     seed: int = 0,
     numbers: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> BitsPerDim:
@@ -66,17 +69,20 @@ def bits_per_dim(
     `"bound"`: `variational_bound`/(D log 2). `"ode"`: −log2 p(x_0 + u)/D + log2 127.5 with p of
     `ode_density` and u uniform over a bin (`dequantise`): a bin is 2/255 wide where pixels are
     2k/255 − 1, so P(x_0) is about p · (1/127.5)^D. (The 7 = log2 128 of some papers is for bins of
-    1/128.) Both are above the truth in expectation. D = H·W·C; networks with classes are told none.
+    1/128.) Both are above the truth in expectation. D = H·W·C; networks with classes are told
+    none, unless `labels` says which.
 
     Args:
       model: of `load_model`, or your own.
       images: (N, H, W, C) uint8.
       by: `"bound"` or `"ode"`.
-      tau, eta, variance, num_terms: of `variational_bound`.
+      tau, eta, variance, num_terms: of `variational_bound`; the variance is by default "learned" of
+        a network that learned one, else "small".
       probes: of `ode_density`.
       tolerance: its rtol and atol.
       seed: of all noise; an image's depends on (seed, its number) alone.
       numbers: (N,) of the images, 0..N − 1 by default.
+      labels: (N,) integers, the images' classes, told to the network.
       batch_size: images at a time; there is one compilation.
       progress: whether to show a bar.
 
@@ -104,15 +110,21 @@ def bits_per_dim(
         raise ValueError(f"by must be one of {BY}, got {by!r}")
     if by == "bound" and (probes, tolerance) != (1, 1e-5):
         raise ValueError('probes and tolerance are of by="ode", got them with by="bound"')
-    if by == "ode" and not (tau is num_terms is None and (eta, variance) == (1.0, "small")):
+    if by == "ode" and not (tau is num_terms is None and (eta, variance) == (1.0, None)):
         raise ValueError(
             'tau, eta, variance and num_terms are of by="bound", got some with by="ode"'
         )
     images = _checked(model, images, batch_size)
     size, shape = len(images), images.shape[1:]
+    if variance is None:
+        variance = "small" if variance_of(model.apply_fn) is None else "learned"
+    elif variance == "learned":
+        with_variance(model.apply_fn)
     numbers = np.arange(size) if numbers is None else np.asarray(numbers)
     if numbers.shape != (size,):
         raise ValueError(f"numbers must be one per image, ({size},), got shape {numbers.shape}")
+    if labels is not None and np.shape(labels) != (size,):
+        raise ValueError(f"labels must be one per image, ({size},), got shape {np.shape(labels)}")
 
     def bound(denoise: Any, x_0: Array, keys: Array) -> Any:
         b = variational_bound(
@@ -138,11 +150,14 @@ def bits_per_dim(
     step = {"bound": bound, "ode": ode}[by]
 
     @jax.jit
-    def jitted(params: Any, pixels: Array, keys: Array) -> Any:
-        return step(partial(model.apply_fn, params), to_model(pixels), keys)
+    def jitted(params: Any, pixels: Array, keys: Array, told: dict[str, Array]) -> Any:
+        return step(partial(model.apply_fn, params, **told), to_model(pixels), keys)
 
-    run = partial(jitted, model.params)
-    nats, se, parts, every = _over_batches(run, images, numbers, seed, batch_size, progress)
+    def run(rows: np.ndarray, keys: Array) -> Any:
+        told = {} if labels is None else {"labels": jnp.asarray(labels)[rows]}
+        return jitted(model.params, images[rows], keys, told)
+
+    nats, se, parts, every = _over_batches(run, numbers, seed, batch_size, progress)
     if bad := numbers[~np.isfinite(nats)].tolist():
         raise FloatingPointError(
             f"the {by} is not finite for {len(bad)} of {size} images, such as number {bad[0]}: the "
@@ -186,19 +201,18 @@ def _checked(model: Model, images: np.ndarray, batch_size: int) -> np.ndarray:
 
 def _over_batches(
     run: Callable[[Any, Any], Any],
-    images: np.ndarray,
     numbers: np.ndarray,
     seed: int,
     batch_size: int,
     progress: bool,
 ) -> Any:
-    """`run(pixels, keys)` over whole batches, the last filled up; the results joined."""
-    size, key = len(images), jax.random.key(seed)
+    """`run(rows, keys)` over whole batches, the last filled up; the results joined."""
+    size, key = len(numbers), jax.random.key(seed)
     batch_size = min(batch_size, size)
     results = []
     with tqdm(total=size, unit="image", desc="bits", delay=1, disable=not progress) as bar:
         for start in range(0, size, batch_size):
             rows = np.minimum(np.arange(start, start + batch_size), size - 1)
-            results.append(jax.device_get(run(images[rows], image_keys(key, numbers[rows]))))
+            results.append(jax.device_get(run(rows, image_keys(key, numbers[rows]))))
             bar.update(min(batch_size, size - start))
     return jax.tree.map(lambda *parts: np.float64(np.concatenate(parts)[:size]), *results)

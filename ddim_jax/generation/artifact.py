@@ -19,6 +19,7 @@ import numpy as np
 from jax import export
 
 from ddim_jax.arrays import Array, ArrayLike
+from ddim_jax.generation.condition import check_none
 from ddim_jax.generation.drawing import conditioned
 from ddim_jax.generation.program import (
     as_input,
@@ -30,6 +31,7 @@ from ddim_jax.generation.program import (
     rounded,
 )
 from ddim_jax.sampling import Method, find_method
+from ddim_jax.sampling.plan import check_network
 from ddim_jax.storage.files import write_whole
 from ddim_jax.storage.weights_file import read_safetensors, write_safetensors
 from ddim_jax.version import __version__
@@ -116,12 +118,13 @@ def export_sampler(
     _check_choices(start, weights, dtype, platforms)
     _needs_flatbuffers()
     shape = image_shape_of(model, image_shape)
+    check_none(model, guidance)
     chosen = find_method(method, eta) if isinstance(method, str) else method
     if not isinstance(method, str) and eta:
         raise ValueError(f"give eta or a method, not both: got eta = {eta}; ddim(eta) is a method")
     plan = chosen(model.schedule, tau)
     network = conditioned(in_dtype(model, dtype), clip)
-    network.prediction.check(plan.told or plan.steps)
+    check_network(network.apply_fn, plan)
     arrays = {name: rounded(name, leaf, dtype) for name, leaf in named(model.params).items()}
     classes = model.config.num_classes if model.config is not None else None
     inputs = inputs_of(plan, shape, start, classes, guidance)

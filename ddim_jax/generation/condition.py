@@ -72,20 +72,52 @@ def condition(
         asked = {"labels": labels, "guidance": guidance, "guidance_interval": interval}
         given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
         raise ValueError(f"the model has no classes: labels and guidance must be None, got {given}")
+    check_none(model, guidance is not None)
     if labels is None and guidance is not None:
         raise ValueError("guidance is towards a class: give labels (--label, --labels) too")
     if interval is not None:
         if guidance is None:
             raise ValueError("an interval is for guidance: give guidance (--guidance) too")
         interval = _interval(interval, model.schedule.num_steps)
-    if labels is None:
+    if labels is None and _has_none(model):
         _warn_of_none(model)
         return Condition()
+    numbers = () if labels is None else class_numbers(labels, num_classes, model.label_names)
+    if not _has_none(model) and (labels is None or num_classes in numbers):
+        raise ValueError(
+            f"the model has {num_classes} classes and no row for none of them: give labels in "
+            f"0..{num_classes - 1}, or 'all' (--label, --labels)"
+        )
     return Condition(
-        class_numbers(labels, num_classes, model.label_names),
+        numbers,
         None if guidance is None else float(guidance),
         interval,
     )
+
+
+def check_none(model: Model, guidance: bool) -> None:
+    """Raises ValueError where a network's labels are no classes, or guidance has nothing to leave.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> check_none(ddim.load_model("digits-labels"), guidance=True)
+    """
+    kind = getattr(model.config, "class_embedding", "table")
+    if kind != "table":
+        raise ValueError(
+            f"the labels of this network are no classes (class_embedding={kind!r}): give them by "
+            "hand, ddim.sample(partial(model.apply_fn, model.params, labels=...), ...)"
+        )
+    if guidance and not _has_none(model):
+        raise ValueError(
+            "guidance leads away from images without a class, of which this network knows none "
+            "(null_label=False): leave it out"
+        )
+
+
+def _has_none(model: Model) -> bool:
+    """Whether its label K means none, as it does but for networks of others."""
+    return getattr(model.config, "num_classes", None) is None or model.config.null_label
 
 
 def name_of(model: Model, label: int) -> str:

@@ -20,14 +20,14 @@ from ddim_jax.arrays import Array, image_keys
 from ddim_jax.generation.condition import Condition
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process import predicts
-from ddim_jax.process.prediction import Predictor
+from ddim_jax.process.prediction import Predictor, variance_of
 from ddim_jax.sampling import (
     Method,
     classifier_free_labels,
     clip_x0,
     initial_noise,
 )
-from ddim_jax.sampling.plan import run
+from ddim_jax.sampling.plan import check_network, run
 from ddim_jax.weights import Model
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
@@ -59,7 +59,7 @@ def make_draw(
       mesh: n devices on one axis, "images".
       tau, method: as in `sample`.
       clip: as in `generate`.
-      keep: (S,) bool, the steps whose x̂_0 are wanted too; None for none of them.
+      keep: (S,) bool, the network's calls whose x̂_0 are wanted too; None for none of them.
 
     Returns:
       `(params, keys, numbers, labels, guidance, interval) → Drawn`: the weights, keys (2,) for x_T
@@ -71,9 +71,9 @@ def make_draw(
     """
     network = conditioned(model, clip)
     plan = method(model.schedule, tau)
-    network.prediction.check(plan.told or plan.steps)
+    check_network(network.apply_fn, plan)
     noisy = plan.steps.sigma is not None
-    keep = np.zeros(len(tau), bool) if keep is None else keep
+    keep = np.zeros(len(plan.t), bool) if keep is None else keep
 
     def draw(params: Any, keys: Array, numbers: Array, *inputs: Array | None) -> Drawn:
         x_T = initial_noise(keys[0], numbers, model.image_shape)
@@ -165,7 +165,19 @@ def conditioned(model: Model, clip: bool = False) -> Model:
         guided = classifier_free_labels(network, labels, none, guidance, interval=interval)
         return guided(x, t)
 
-    taking = model._replace(apply_fn=Predictor(apply_fn, model.prediction))
+    both = variance_of(model.apply_fn)
+
+    def with_variance(
+        params: Any, x: Array, t: Array, labels: Any = None, guidance: Any = None, **_: Any
+    ) -> tuple[Array, Array]:
+        if guidance is not None:
+            raise ValueError("guidance towards a class has no learned variance; use another method")
+        assert both is not None
+        return both(params, x, t) if labels is None else both(params, x, t, labels=labels)
+
+    taking = model._replace(
+        apply_fn=Predictor(apply_fn, model.prediction, with_variance if both else None)
+    )
     return predicts(taking, x0_fn=clip_x0(1.0)) if clip else taking
 
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, image_keys, is_concrete
-from ddim_jax.process.prediction import Predictor
 from ddim_jax.sampling import Plan, initial_noise
 from ddim_jax.sampling.plan import run
 from ddim_jax.weights import Model
+from ddim_jax.weights.model import network_of
 
 
 def program_of(
@@ -82,10 +82,8 @@ def in_dtype(model: Model, dtype: str) -> Model:
         return model
     if model.config is None:
         raise ValueError('dtype="bfloat16" is for our U-Net: this model has no config')
-    from ddim_jax.networks.unet import make_apply  # here, as flax takes half a second to import
-
-    apply_fn = make_apply(dataclasses.replace(model.config, dtype=dtype))
-    return model._replace(apply_fn=Predictor(apply_fn, model.prediction))
+    config = dataclasses.replace(model.config, dtype=dtype)
+    return model._replace(apply_fn=network_of(config, model.prediction, model.schedule))
 
 
 def named(params: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ settings remember the earlier totals, at which a shard ends too.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -24,14 +23,16 @@ from tqdm import tqdm
 
 from ddim_jax.generation.condition import Labels, condition
 from ddim_jax.generation.drawing import batches_of, make_drawer
-from ddim_jax.process import Schedule, as_timesteps, timesteps
+from ddim_jax.process import as_timesteps, timesteps
 from ddim_jax.sampling import (
     find_method,
 )
 from ddim_jax.storage.files import differences, write_whole
 from ddim_jax.version import __version__
 from ddim_jax.weights import Model
+from ddim_jax.weights.model import Stored, own_tau, stored
 
+AS_STORED = "as-stored"  # the method of `model.sampler`
 FORMAT = 2  # 1 had the number of shards in their names
 SETTINGS = "settings.json"
 
@@ -40,7 +41,7 @@ def generate(
     model: Model,
     directory: str | os.PathLike[str],
     num_images: int = 50_000,
-    steps: int | Sequence[int] | np.ndarray = 50,
+    steps: int | Sequence[int] | np.ndarray | None = None,
     eta: float = 0.0,
     *,
     method: str = "ddim",
@@ -69,11 +70,12 @@ def generate(
       directory: a new or empty folder, or one that an earlier call with the same settings began.
       num_images: ≥ 1. More than the folder has make it grow: those that are there stay, and the
         further ones are what one call would have drawn.
-      steps: S, the number of network calls per image; or τ itself, strictly increasing ints in
+      steps: S, the number of network calls per image, 50 by default, or what a distilled model
+        says; or τ itself, strictly increasing ints in
         1..T, such as `timesteps(..., exact=False)` or `optimise_timesteps` give.
       eta: η of the methods "ddim" and "dpm-solver-2": 0 adds no noise, 1 is DDPM's.
       method: a name in `METHODS`, such as "dpm-solver-2" or "ddpm-large", or
-        "module:function" of your own.
+        "module:function" of your own; or "as-stored", which is how `model.sampler(steps)` draws.
       spacing: of the S steps; see `timesteps`.
       clip: clip each x̂_0 to [−1, 1].
       labels: of a model with K classes: a class by number or name, or a list of them, such that
@@ -113,11 +115,14 @@ def generate(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in 0..2**32 - 1, got {seed}")
     check_sizes(num_images, batch_size, shard_size)
+    steps = 50 if steps is None and model.tau is None else steps
     asked = condition(model, labels, guidance, guidance_interval)
-    tau = _tau(model.schedule, steps, spacing)
-    draw, spread = make_drawer(
-        model, tau, find_method(method, eta), asked, seed, clip=clip, devices=devices
-    )
+    if method == AS_STORED:
+        told, tau, chosen = _as_stored(model, steps, eta, spacing, clip)
+    else:
+        told, chosen = model, find_method(method, eta)
+        tau = _tau(model, steps, spacing, method == "ddim" and not eta)
+    draw, spread = make_drawer(told, tau, chosen, asked, seed, clip=clip, devices=devices)
 
     directory = pathlib.Path(directory)
     settings = {
@@ -137,7 +142,7 @@ def generate(
         "sha256": _digest({"params": model.params, "alpha_bar": model.schedule.alpha_bar}),
         "model": {
             **model.facts,
-            "model": dataclasses.asdict(model.config),
+            "model": model.config.facts(),
             **model.prediction.facts(),
         },
         "versions": {"ddim_jax": __version__, "jax": jax.__version__},
@@ -169,6 +174,21 @@ def generate(
                 held = held[len(which) :]
             bar.update(len(images))
     return directory
+
+
+def _as_stored(
+    model: Model,
+    steps: int | Sequence[int] | np.ndarray | None,
+    eta: float,
+    spacing: str,
+    clip: bool,
+) -> Stored:
+    """How the model says that it is drawn, with τ as an array."""
+    if (spacing, clip) != ("linear", False):
+        raise ValueError(f"{AS_STORED!r} takes spacing and clip from the model: leave them out")
+    given: dict[str, Any] = {"steps" if steps is None or np.ndim(steps) == 0 else "tau": steps}
+    told = stored(model, **given, eta=eta or None)
+    return told._replace(tau=as_timesteps(told.tau, model.schedule.num_steps))
 
 
 def iter_shards(directory: str | os.PathLike[str]) -> Iterator[np.ndarray]:
@@ -216,8 +236,12 @@ def _whole(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
 
 
-def _tau(schedule: Schedule, steps: Any, spacing: str) -> np.ndarray:
+def _tau(model: Model, steps: Any, spacing: str, usual: bool) -> np.ndarray:
+    schedule = model.schedule
     if np.ndim(steps) == 0:
+        own = own_tau(model, steps, usual and spacing == "linear")
+        if own is not None:
+            return own
         steps = _whole("steps, where it is S and not a list of timesteps,", steps)
         return timesteps(schedule.num_steps, steps, spacing, schedule=schedule)
     if spacing != "linear":

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. (2020), with the module names of the DDIM authors' released weights.
+"""The U-Net of Ho et al. (2020) and those after it, with the module names of the DDIM authors.
 
 The layers are Flax NNX; at the border there are only a pure function and a dict of arrays.
 """
@@ -6,7 +6,7 @@ The layers are Flax NNX; at the border there are only a pure function and a dict
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,128 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ddim_jax.networks.config import (
-    Params,
-    UNetConfig,
-    check_inputs,
-    check_params,
+from ddim_jax.networks.blocks import (
+    AttnBlock,
+    GroupNorm,
+    Resample,
+    ResnetBlock,
+    conv3,
+    in_order,
+    middle,
+    numbered,
+    rows,
+    timestep_embedding,
+    two_layers,
 )
-from ddim_jax.networks.conv import conv
+from ddim_jax.networks.config import Params, UNetConfig
+from ddim_jax.networks.inputs import check_inputs, check_params
 
 ZERO_INIT = ("conv2", "proj_out", "conv_out")  # every residual branch, and the output, starts at 0
-_zeros = nnx.initializers.zeros_init()
-
-
-def timestep_embedding(index: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal embedding of Ho et al.: [sin(index·f_k), cos(index·f_k)], f_k = 10000^(−k/(h−1)).
-
-    k = 0..h−1 with h = dim // 2. Vaswani et al. (2017), §3.5, with sines and cosines in two
-    halves and h − 1 for h, as in the code released by Ho et al. (2020).
-
-    Args:
-        index: (batch,) the network's 0-based index, t − 1, integer or not; below 0 gives NaN.
-        dim: even, at least 4.
-
-    Returns:
-        (batch, dim) float32.
-
-    Example:
-        >>> timestep_embedding(jnp.array([0]), 4).tolist()
-        [[0.0, 0.0, 1.0, 1.0]]
-    """
-    half = dim // 2
-    freq = np.exp(-math.log(10000) / (half - 1) * np.arange(half)).astype(np.float32)
-    place = jnp.where(index < 0, jnp.nan, index.astype(jnp.float32))
-    angle = place[:, None] * freq[None, :]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
-class GroupNorm(nnx.Module):
-    """Group normalisation, ε = 1e-6, with float32 statistics (Wu & He, 2018)."""
-
-    def __init__(self, channels: int, groups: int = 32):
-        self.groups = groups
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        (b, _, _, c), groups = x.shape, self.groups
-        y = x.astype(jnp.float32)
-
-        def group_mean(z: jax.Array) -> jax.Array:  # (b, h, w, c) -> (b, groups, 1)
-            return z.mean((1, 2)).reshape(b, groups, -1).mean(-1, keepdims=True)
-
-        def per_channel(z: jax.Array) -> jax.Array:  # (b, groups, 1) -> (b, 1, 1, c)
-            return jnp.broadcast_to(z, (b, groups, c // groups)).reshape(b, 1, 1, c)
-
-        # var = E(y − m)² − (E y − m)² for any constant m. With m = E y no digits are lost, and as
-        # a constant it keeps a second reduction out of the backward pass.
-        mean = group_mean(y)
-        m = jax.lax.stop_gradient(mean)
-        var = group_mean(jnp.square(y - per_channel(m))) - jnp.square(mean - m)
-        scale = per_channel(jax.lax.rsqrt(var + 1e-6)) * self.scale[...].reshape(1, 1, 1, c)
-        shift = self.bias[...].reshape(1, 1, 1, c) - per_channel(mean) * scale
-        return (y * scale + shift).astype(x.dtype)
-
-
-def _dense(c_in: int, c_out: int, config: UNetConfig) -> nnx.Linear:
-    """Over the channels: also Ho et al.'s 1×1 convolutions, which are twice as fast so on a CPU."""
-    return nnx.Linear(c_in, c_out, dtype=config.dtype, kernel_init=_zeros, rngs=nnx.Rngs(0))
-
-
-def _conv(c_in: int, c_out: int, config: UNetConfig, **kwargs: Any) -> nnx.Conv:
-    kwargs |= {"dtype": config.dtype, "kernel_init": _zeros, "conv_general_dilated": conv}
-    return nnx.Conv(c_in, c_out, (3, 3), rngs=nnx.Rngs(0), **kwargs)
-
-
-class ResnetBlock(nnx.Module):
-    """x + conv2(dropout(swish(norm2(conv1(swish(norm1(x))) + temb_proj(swish(temb))))))."""
-
-    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
-        self.dropout = config.dropout
-        self.norm1 = GroupNorm(c_in, config.norm_groups)
-        self.conv1 = _conv(c_in, c_out, config)
-        self.temb_proj = _dense(4 * config.channels, c_out, config)
-        self.norm2 = GroupNorm(c_out, config.norm_groups)
-        self.conv2 = _conv(c_out, c_out, config)
-        if c_in != c_out:
-            self.nin_shortcut = _dense(c_in, c_out, config)
-
-    def __call__(self, x: jax.Array, temb: jax.Array, key: jax.Array | None) -> jax.Array:
-        h = self.conv1(nnx.swish(self.norm1(x)))
-        h = h + self.temb_proj(nnx.swish(temb))[:, None, None]
-        h = nnx.swish(self.norm2(h))
-        if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
-            h = jnp.where(keep, h / (1 - self.dropout), jnp.zeros_like(h))
-        h = self.conv2(h)
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class AttnBlock(nnx.Module):
-    """x + proj_out(softmax(q kᵀ / √C) v), one head over all pixels; softmax in float32."""
-
-    def __init__(self, channels: int, config: UNetConfig):
-        self.norm = GroupNorm(channels, config.norm_groups)
-        self.q = _dense(channels, channels, config)
-        self.k = _dense(channels, channels, config)
-        self.v = _dense(channels, channels, config)
-        self.proj_out = _dense(channels, channels, config)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
-        y = self.norm(x)
-        q, k, v = (layer(y).reshape(b, h * w, c) for layer in (self.q, self.k, self.v))
-        logits = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * c**-0.5, axis=-1).astype(v.dtype)
-        return x + self.proj_out(jnp.einsum("bij,bjc->bic", weights, v).reshape(b, h, w, c))
-
-
-def upsample(x: jax.Array) -> jax.Array:
-    """Nearest neighbour, ×2: (B, H, W, C) → (B, 2H, 2W, C)."""
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)
+TABLES = ("label_embedding", "time_table")  # rows of unit variance
 
 
 class UNet(nnx.Module):
@@ -143,51 +39,80 @@ class UNet(nnx.Module):
 
     def __init__(self, config: UNetConfig):
         self.config = config
-        widths = [m * config.channels for m in config.multipliers]
-        temb, bottom = 4 * config.channels, widths[-1]
+        temb, widths = config.embedding_width, config.widths
+        (down_attn, up_attn), (down_ways, up_ways) = config.attended, config.resampling
         skips = [config.channels]  # widths of what the way down leaves for the way up
 
-        def level(inputs: list[int], c: int, resolution: int) -> nnx.Dict:
-            attn = inputs if resolution in config.attention_resolutions else []
+        def level(inputs: list[int], c: int, attended: bool, heads: int) -> nnx.Dict:
+            attn = inputs if attended else []
             return nnx.Dict(
-                block=_numbered([ResnetBlock(c_in, c, config) for c_in in inputs]),
-                attn=_numbered([AttnBlock(c, config) for _ in attn]),
+                block=numbered([ResnetBlock(c_in, c, config) for c_in in inputs]),
+                attn=numbered([AttnBlock(c, config, heads, config.norm_groups) for _ in attn]),
             )
 
-        first, second = _dense(config.channels, temb, config), _dense(temb, temb, config)
-        self.temb = nnx.Dict(dense=_numbered([first, second]))
-        if config.num_classes is not None:  # the last row stands for "no label"
-            shape = (config.num_classes + 1, temb)
-            self.label_embedding = nnx.Param(jnp.zeros(shape, jnp.float32))
-        self.conv_in = _conv(config.in_channels, config.channels, config)
+        self._embeddings(temb)
+        self.conv_in = conv3(config.in_channels, config.channels, config)
 
         down = []
-        for c, resolution in zip(widths, config.resolutions):
-            down.append(level([skips[-1]] + [c] * (config.num_blocks - 1), c, resolution))
+        for i, c in enumerate(widths):
+            inputs = [skips[-1]] + [c] * (config.num_blocks - 1)
+            down.append(level(inputs, c, down_attn[i], config.num_heads))
             skips += [c] * config.num_blocks
-            if len(down) < len(widths):
-                conv = _conv(c, c, config, strides=2, padding=((0, 1), (0, 1)))
-                down[-1].downsample = nnx.Dict(conv=conv)
+            if i < len(down_ways):
+                down[-1].downsample = Resample("down", down_ways[i], c, config)
                 skips.append(c)
-        self.down = _numbered(down)
+        self.down = numbered(down)
 
-        self.mid = nnx.Dict(
-            block_1=ResnetBlock(bottom, bottom, config),
-            attn_1=AttnBlock(bottom, config),
-            block_2=ResnetBlock(bottom, bottom, config),
-        )
+        self.mid = middle(widths[-1], config)
 
-        up, below = [], bottom
-        for c, resolution in zip(reversed(widths), reversed(config.resolutions)):
+        up, below = [], widths[-1]
+        for i, c in reversed([*enumerate(widths)]):
             inputs = [h + skips.pop() for h in [below] + [c] * config.num_blocks]
-            up.append(level(inputs, c, resolution))
-            if len(up) < len(widths):
-                up[-1].upsample = nnx.Dict(conv=_conv(c, c, config))
+            up.append(level(inputs, c, up_attn[i], config.num_heads_up or config.num_heads))
+            if i > 0:
+                up[-1].upsample = Resample("up", up_ways[i - 1], c, config)
             below = c
-        self.up = _numbered(up[::-1])
+        self.up = numbered(up[::-1])
 
-        self.norm_out = GroupNorm(widths[0], config.norm_groups)
-        self.conv_out = _conv(widths[0], config.in_channels, config)
+        self.norm_out = GroupNorm(widths[0], config.norm_groups, config.norm_eps)
+        self.conv_out = conv3(widths[0], config.out_channels or config.in_channels, config)
+
+    def _embeddings(self, temb: int) -> None:
+        """The layers of time and label, all weights of the same width `temb`."""
+        config = self.config
+        sinusoids = config.sinusoids or config.channels
+        self.temb = two_layers(sinusoids, temb, config)
+        if config.time_table is not None:
+            self.time_table = nnx.Param(jnp.zeros((config.time_table, sinusoids), jnp.float32))
+        if config.num_classes is not None:  # the last row stands for "no label"
+            shape = (config.num_classes + config.null_label, temb)
+            self.label_embedding = nnx.Param(jnp.zeros(shape, jnp.float32))
+        if config.class_embedding == "timestep":
+            self.label = two_layers(sinusoids, temb, config)
+
+    def embedding(self, index: jax.Array, labels: jax.Array | None) -> jax.Array:
+        """(B, embedding_width), of time and label."""
+        config = self.config
+        if config.time_scale != 1:
+            index = index.astype(jnp.float32) * config.time_scale
+
+        def embedded(layers: nnx.Dict, index: jax.Array) -> jax.Array:
+            if config.time_table is None:
+                dim = config.sinusoids or config.channels
+                h = timestep_embedding(index, dim, config.frequency_shift, config.cosine_first)
+            else:
+                h = rows(self.time_table, index)
+            first, second = in_order(layers["dense"])
+            return second(nnx.swish(first(h)))
+
+        temb = embedded(self.temb, index)
+        if labels is None:
+            return temb
+        if config.class_embedding == "timestep":
+            return temb + embedded(self.label, labels)
+        if config.class_embedding == "table":
+            labels = rows(self.label_embedding, labels)
+        return temb + labels.astype(temb.dtype)
 
     def __call__(
         self,
@@ -196,51 +121,50 @@ class UNet(nnx.Module):
         dropout_key: jax.Array | None,
         labels: jax.Array | None,
     ) -> jax.Array:
-        keys = _keys(dropout_key)
-        dtype = jnp.dtype(self.config.dtype)
+        residual = self.residual(self.embedding(index, labels), dropout_key)
+        skips, h = self.way_down(x, residual)
 
-        def residual(block: Any, h: jax.Array) -> jax.Array:
-            run = jax.checkpoint(block.__call__) if self.config.remat else block
-            return run(h, temb, next(keys))
-
-        temb = timestep_embedding(index, self.config.channels)
-        temb = self.temb["dense"]["1"](nnx.swish(self.temb["dense"]["0"](temb)))
-        if labels is not None:  # unsigned, so that −1 is out of range too: NaN, no other label
-            rows = self.label_embedding[...].at[labels.astype(jnp.uint32)]
-            temb = temb + rows.get(mode="fill", fill_value=jnp.nan).astype(temb.dtype)
-
-        skips = [self.conv_in(x.astype(dtype))]
-        for level in _in_order(self.down):
-            for i, block in enumerate(_in_order(level["block"])):
-                h = residual(block, skips[-1])
-                skips.append(level["attn"][str(i)](h) if level["attn"] else h)
-            if "downsample" in level:
-                skips.append(level["downsample"]["conv"](skips[-1]))
-
-        h = residual(self.mid["block_1"], skips[-1])
-        h = residual(self.mid["block_2"], self.mid["attn_1"](h))
-
-        for level in reversed(_in_order(self.up)):
-            for i, block in enumerate(_in_order(level["block"])):
+        for level in reversed(in_order(self.up)):
+            for i, block in enumerate(in_order(level["block"])):
                 h = residual(block, jnp.concatenate([h, skips.pop()], axis=-1))
                 h = level["attn"][str(i)](h) if level["attn"] else h
             if "upsample" in level:
-                h = level["upsample"]["conv"](upsample(h))
+                h = level["upsample"](h, residual)
 
         return self.conv_out(nnx.swish(self.norm_out(h))).astype(jnp.float32)
 
+    def residual(
+        self, temb: jax.Array, dropout_key: jax.Array | None
+    ) -> Callable[[Any, jax.Array], jax.Array]:
+        """What runs the residual blocks, each with a key of its own."""
+        fold, numbers = jax.random.fold_in, itertools.count()
+        keys = (None if dropout_key is None else fold(dropout_key, i) for i in numbers)
 
-def _numbered(modules: list[Any]) -> nnx.Dict:
-    """A list of modules under the keys "0", "1", …: parameter paths are strings throughout."""
-    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+        def run(block: Any, h: jax.Array) -> jax.Array:
+            called = jax.checkpoint(block.__call__) if self.config.remat else block
+            return called(h, temb, next(keys))
 
+        return run
 
-def _in_order(modules: nnx.Dict) -> list[Any]:
-    return [modules[str(i)] for i in range(len(modules))]
+    def way_down(
+        self, x: jax.Array, residual: Callable[[Any, jax.Array], jax.Array]
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """What is left for the way up, and what the middle makes of the last of it."""
+        x = 2 * x - 1 if self.config.centre_input else x
+        skips = [self.conv_in(x.astype(jnp.dtype(self.config.dtype)))]
+        for level in in_order(self.down):
+            for i, block in enumerate(in_order(level["block"])):
+                h = residual(block, skips[-1])
+                skips.append(level["attn"][str(i)](h) if level["attn"] else h)
+            if "downsample" in level:
+                skips.append(level["downsample"](skips[-1], residual))
 
-
-def _keys(key: jax.Array | None) -> Iterator[jax.Array | None]:
-    return (None if key is None else jax.random.fold_in(key, i) for i in itertools.count())
+        h = skips[-1]
+        if "block_1" in self.mid:
+            h = residual(self.mid["block_1"], h)
+            h = self.mid["attn_1"](h) if "attn_1" in self.mid else h
+            h = residual(self.mid["block_2"], h)
+        return skips, h
 
 
 @functools.cache
@@ -296,7 +220,7 @@ def _init(abstract: Params, key: jax.Array) -> Params:
         if name == "bias" or module in ZERO_INIT:
             return jnp.asarray(np.zeros_like(uniform))
         fan_avg = math.prod(like.shape[:-2]) * (like.shape[-2] + like.shape[-1]) / 2
-        variance = 1 if name == "label_embedding" else 1 / fan_avg
+        variance = 1 if name in TABLES else 1 / fan_avg
         return jnp.asarray(uniform * np.float32(math.sqrt(3 * variance)))
 
     return jax.tree_util.tree_map_with_path(initial, abstract)

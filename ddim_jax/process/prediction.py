@@ -173,10 +173,11 @@ def from_x0_eps(
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A function of a network, with what it predicts."""
+    """A function of a network, with what it predicts, and its variance if it learned one."""
 
     function: Callable[..., Array]
     prediction: Prediction
+    with_variance: Callable[..., tuple[Array, Array]] | None = None  # see `variance_of`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         return self.function(*args, **kwargs)
@@ -190,6 +191,7 @@ def predicts(
     rederive_eps: bool = True,
     sigma_data: float | None = None,
     schedule: Schedule | None = None,
+    learned_variance: bool = False,
 ) -> Any:
     """The network, with what it predicts: every sampler, encoder and combinator reads it there.
 
@@ -205,6 +207,9 @@ def predicts(
       rederive_eps: whether ε is recomputed from x̂_0 after x0_fn.
       sigma_data: of `"edm"`, σ_d of the data; by default what the network says, else 0.5.
       schedule: gives s to `"edm"`: that of training; a `Model` has it. The others need none.
+      learned_variance: the network returns twice as many channels, on the last axis: after those of
+        its prediction 2 v − 1, where v is the share of log β in the log of its variance (Nichol &
+        Dhariwal 2021, Eq. 15). What is returned gives the first half, and `variance_of` it both.
 
     Returns:
       What was given, of the same signature; it has an attribute `prediction`.
@@ -225,6 +230,7 @@ def predicts(
     if hasattr(network, "apply_fn") and hasattr(network, "_replace"):  # a model
         how: dict[str, Any] = {"x0_fn": x0_fn, "rederive_eps": rederive_eps}
         how |= {"sigma_data": sigma_data, "schedule": schedule or network.schedule}
+        how |= {"learned_variance": learned_variance}
         return network._replace(apply_fn=predicts(network.apply_fn, kind, **how))
     said = _said(network)
     if said is not None and kind not in (None, said.kind):
@@ -238,13 +244,18 @@ def predicts(
         x0_fn, rederive_eps = said.x0_fn, said.rederive_eps
     if sigma_data is None:
         sigma_data = said.sigma_data if said else SIGMA_DATA
+    both = variance_of(network)
+    if learned_variance and both is not None:
+        raise ValueError("this network's learned variance is known already")
     function = network.function if isinstance(network, Predictor) else network
     prediction = Prediction(kind, x0_fn, rederive_eps, sigma_data)
     if kind == "edm" and said is None:
         if schedule is None:
             raise ValueError('"edm" divides x_t by its standard deviation: give its schedule=...')
         function = partial(_fed, network, schedule, sigma_data)
-    return Predictor(function, prediction)
+    if learned_variance:
+        function, both = partial(_first, function), partial(_halves, function)
+    return Predictor(function, prediction, both)
 
 
 def prediction_of(network: Any) -> Prediction:
@@ -255,6 +266,31 @@ def prediction_of(network: Any) -> Prediction:
       'v'
     """
     return _said(network) or Prediction()
+
+
+def variance_of(network: Any) -> Callable[..., tuple[Array, Array]] | None:
+    """The function of a network that gives its learned variance too, or None where it has none.
+
+    Args:
+      network: a `Denoiser` or apply_fn, be it inside `functools.partial` and `jax.jit`.
+
+    Returns:
+      A function of the same arguments that returns (output, v), each (B, ...), in one call of the
+      network; log σ² = v log β + (1 − v) log β̃ (Nichol & Dhariwal 2021, Eq. 15).
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> network = lambda x, t: jnp.concatenate([0.5 * x, 0 * x], axis=-1)
+      >>> both = variance_of(ddim.predicts(network, learned_variance=True))
+      >>> [out.tolist() for out in both(jnp.ones((1, 2)), jnp.array([9]))]
+      [[[0.5, 0.5]], [[0.5, 0.5]]]
+    """
+    if isinstance(network, Predictor):
+        return network.with_variance
+    if isinstance(network, partial):
+        inner = variance_of(network.func)
+        return None if inner is None else partial(inner, *network.args, **network.keywords)
+    return variance_of(network.__wrapped__) if hasattr(network, "__wrapped__") else None
 
 
 def same_prediction(*networks: Any) -> Prediction:
@@ -274,6 +310,21 @@ def same_prediction(*networks: Any) -> Prediction:
 def _scale(a: Any, b: Any, sigma_data: float) -> Any:
     """s = √(ᾱ σ_d² + 1 − ᾱ), the standard deviation of x_t."""
     return jnp.sqrt(a**2 * sigma_data**2 + b**2)
+
+
+def _halves(network: Any, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    output = network(*args, **kwargs)
+    if output.shape[-1] % 2:
+        raise ValueError(
+            "a network that learned its variance returns twice the channels of its input, got "
+            f"{output.shape[-1]} channels"
+        )
+    predicted, v = jnp.split(output, 2, axis=-1)
+    return predicted, (v + 1) / 2
+
+
+def _first(network: Any, *args: Any, **kwargs: Any) -> Array:
+    return _halves(network, *args, **kwargs)[0]
 
 
 def _fed(network: Any, schedule: Schedule, sigma_data: float, *args: Any, **kwargs: Any) -> Array:

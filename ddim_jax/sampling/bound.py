@@ -15,6 +15,7 @@ from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, image_keys, is_con
 from ddim_jax.process.gaussian import Coefficients, coefficients, sigma_hat
 from ddim_jax.process.prediction import prediction_of
 from ddim_jax.process.schedule import Schedule
+from ddim_jax.sampling.learned import LearnedVariance, learned_variance, with_variance
 from ddim_jax.sampling.plan import pairs
 
 LEVELS = 256  # grey values of a channel: x = 2k/255 − 1, k = 0..255
@@ -41,6 +42,7 @@ class _Row(NamedTuple):
     kappa: Any  # κ/σ
     log_variance: Any  # log σ²; of the decoder's normal in row 0
     log_ratio: Any  # log of p_θ's variance over σ²
+    learned: LearnedVariance | None = None  # what a network chooses it from
 
 
 def variational_bound(
@@ -71,9 +73,10 @@ def variational_bound(
       key: a JAX random key, or one for each image, see `image_keys`.
       tau: the chain whose likelihood is meant; all of 1..T by default.
       eta: η of Eq. 16, above 0: at σ = 0 the bound is infinite.
-      variance: p_θ's: `"small"`, σ(η)²; `"large"`, σ̂² (App. D.3).
-      log_variance: (x_t, t) → (B, ...), the log of p_θ's variance, for networks that learn it: of
-        Nichol & Dhariwal's v that is v log σ̂² + (1 − v) log σ(1)². In place of `variance`.
+      variance: p_θ's: `"small"`, σ(η)²; `"large"`, σ̂² (App. D.3); `"learned"`, the network's own,
+        v log σ̂² + (1 − v) log σ(1)² (Nichol & Dhariwal 2021, Eq. 15), the decoder's too.
+      log_variance: (x_t, t) → (B, ...), the log of p_θ's variance, where it is learned in another
+        way. In place of `variance`.
       num_terms: draw so many t for each image, in proportion to the terms that data N(0, I) have,
         in place of the sum over all; unbiased.
 
@@ -82,8 +85,8 @@ def variational_bound(
 
     Raises:
       TypeError: x_0 is not floating.
-      ValueError: x_0 is not at the 256 levels, η is not in (0, …], a variance is unknown or given
-        twice, τ is out of range, or fewer than two terms are asked for.
+      ValueError: x_0 is not at the 256 levels, η is not in (0, …], a variance is unknown, given
+        twice or not learned, τ is out of range, or fewer than two terms are asked for.
 
     Example:
       >>> import ddim_jax as ddim, jax, jax.numpy as jnp
@@ -98,9 +101,10 @@ def variational_bound(
     table, prior_of = _table(
         schedule, range(1, schedule.num_steps + 1) if tau is None else tau, eta
     )
-    table = table._replace(
-        log_ratio=_log_ratio(schedule, table, variance, log_variance is not None)
-    )
+    ratio = _log_ratio(schedule, table, variance, log_variance is not None)
+    learned = table.learned if variance == "learned" else None
+    table = table._replace(log_ratio=ratio, learned=learned)
+    both = with_variance(denoise) if variance == "learned" else None
     prediction_of(denoise).check(Coefficients(table.a, table.b, table.a, table.b, None))
     steps = len(table.t)
     keys, batch = image_keys(key, x_0.shape[0]), x_0.shape[:1]
@@ -118,7 +122,7 @@ def variational_bound(
         drawn = _draw_rows(keys, chance, num_terms)
         rows = jnp.concatenate([jnp.zeros((1, *batch), drawn.dtype), drawn])
     table = jax.tree.map(partial(_cast, like=x_0), table)
-    body = partial(_term, denoise, log_variance, x_0, keys, table)
+    body = partial(_term, denoise, both or log_variance, both is not None, x_0, keys, table)
     t, terms = jax.lax.scan(body, None, (jnp.asarray(rows), jnp.arange(len(rows))))[1]
     prior = jax.vmap(lambda x: prior_of(x).sum())(x_0)
     if num_terms is None:
@@ -168,17 +172,24 @@ def _table(schedule: Schedule, tau: Any, eta: float) -> tuple[_Row, Callable[[Ar
     top, width = float(np.asarray(a)[-1] ** 2), float(np.asarray(b)[-1] ** 2)
     log_variance = 2 * np.log(sigma)
     row = _Row(t, a, b, lam / sigma, kappa / sigma, log_variance, np.zeros_like(sigma))
+    row = row._replace(learned=_ascending(learned_variance(schedule, t[::-1], s[::-1])))
     return row, lambda x: (top * jnp.square(x) + width - 1 - float(np.log(width))) / 2
+
+
+def _ascending(learned: LearnedVariance) -> LearnedVariance:
+    return LearnedVariance(learned.low[::-1], learned.high[::-1])
 
 
 def _log_ratio(schedule: Schedule, table: _Row, variance: str, learned: bool) -> Any:
     """log of p_θ's variance over σ(η)², where it is not learned; the decoder keeps its own."""
-    if variance not in ("small", "large"):
-        raise ValueError(f'variance must be "small" or "large", got {variance!r}')
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f'variance must be "small", "large" or "learned", got {variance!r}')
     if variance == "small":
         return table.log_ratio
     if learned:
-        raise ValueError('give variance="large" or log_variance, not both')
+        raise ValueError(f'give variance="{variance}" or log_variance, not both')
+    if variance == "learned":
+        return table.log_ratio
     s = np.append(0, table.t[:-1])
     ratio = 2 * np.log(sigma_hat(schedule, table.t, s)) - table.log_variance
     return np.append(0.0, ratio[1:])
@@ -198,14 +209,18 @@ def _draw_rows(keys: Array, chance: np.ndarray, num_terms: int) -> Array:
 
 def _term(
     denoise: Denoiser,
-    log_variance: Callable[[Array, Array], Array] | None,
+    variance: Callable[[Array, Array], Any] | None,
+    by_share: bool,
     x_0: Array,
     keys: Array,
     table: _Row,
     _: None,
     at: tuple[Array, Array],
 ) -> tuple[None, tuple[Array, Array]]:
-    """(t, the term of one row of the table for each image), each (B,)."""
+    """(t, the term of one row of the table for each image), each (B,).
+
+    `variance` gives its logarithm, or `by_share` the network's output and the share v.
+    """
     row, number = at
     here: Any = jax.tree.map(lambda v: v[row].reshape(row.shape + (1,) * (x_0.ndim - 1)), table)
     t = table.t[row]
@@ -215,13 +230,17 @@ def _term(
 
     x_t = here.a * x_0 + here.b * jax.vmap(noise_of)(keys)
     c = Coefficients(here.a, here.b, here.a, here.b, None)  # those of s are not used
-    predicted, eps = prediction_of(denoise).x0_eps(c, x_t, call(denoise, x_t, t))
+    width = here.log_variance
+    if variance is not None and by_share:
+        output, v = variance(x_t, t)
+        width = here.learned.log_variance(v)
+    else:
+        output = call(denoise, x_t, t)
+        width = width if variance is None else variance(x_t, t).astype(x_0.dtype)
+    predicted, eps = prediction_of(denoise).x0_eps(c, x_t, output)
     # The means of q and p over σ: their difference, λ(x_0 − x̂_0), and what clipping adds to it.
     off = here.lam * (x_0 - predicted) + here.kappa * (x_t - here.a * predicted - here.b * eps)
-    ratio, width = here.log_ratio, here.log_variance
-    if log_variance is not None:
-        width = log_variance(x_t, t).astype(x_0.dtype)
-        ratio = width - here.log_variance
+    ratio = here.log_ratio if variance is None else width - here.log_variance
     kl = (ratio + (1 + jnp.square(off)) * jnp.exp(-ratio) - 1) / 2
     nats = jnp.where(here.t == table.t[0], -log_mass(x_0, predicted, jnp.exp(width / 2)), kl)
     return None, (t, nats.sum(tuple(range(1, x_0.ndim))))

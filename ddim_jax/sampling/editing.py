@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, image_keys, is_concrete
 from ddim_jax.process.gaussian import forward_marginal
-from ddim_jax.process.prediction import Predictor, prediction_of
+from ddim_jax.process.prediction import Predictor, prediction_of, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
 from ddim_jax.sampling.plan import step_noise
@@ -79,14 +81,19 @@ def inpaint(
         x_0 = x_0 if prediction.x0_fn is None else prediction.x0_fn(x_0)
         return jnp.where(mask, known.astype(x_0.dtype), x_0)
 
-    def given(x: Array, t: Array) -> Array:
+    def given(function: Any, x: Array, t: Array) -> Any:
         if keys is None:
-            return denoise(x, t)
+            return function(x, t)
         k = known.astype(x.dtype)
         noisy = forward_marginal(schedule, k, t, step_noise(keys, t[0], k))
-        return denoise(jnp.where(mask, noisy, x), t)
+        return function(jnp.where(mask, noisy, x), t)
 
-    return Predictor(given, dataclasses.replace(prediction, x0_fn=replace, rederive_eps=True))
+    both = variance_of(denoise)
+    return Predictor(
+        partial(given, denoise),
+        dataclasses.replace(prediction, x0_fn=replace, rederive_eps=True),
+        None if both is None else partial(given, both),
+    )
 
 
 def start_from(

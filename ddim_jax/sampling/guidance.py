@@ -19,8 +19,10 @@ from ddim_jax.process.prediction import (
     from_x0_eps,
     prediction_of,
     same_prediction,
+    variance_of,
 )
 from ddim_jax.process.schedule import Schedule
+from ddim_jax.sampling.learned import with_variance
 
 
 def classifier_free(
@@ -177,7 +179,7 @@ def classifier(
 
     At w = 1 with exact parts this is the exact denoiser of p(x_0 | y). In terms of the other
     predictions it is x̂_0 + w (1 − ᾱ_t)/√ᾱ_t ∇, v − w √((1 − ᾱ_t)/ᾱ_t) ∇, and F of "edm" with
-    that change of x̂_0.
+    that change of x̂_0. A learned variance stays as it is.
 
     Args:
       denoise: the unconditional denoiser.
@@ -212,14 +214,22 @@ def classifier(
             )
         return log_prob.sum()
 
-    def guided(x: Array, t: Array) -> Array:
+    def shift(x: Array, t: Array) -> Array:
         c = coefficients(schedule, t, t * 0)
         a, b = per_image(c.sqrt_alpha_bar_t, x), per_image(c.sqrt_one_minus_alpha_bar_t, x)
         step = -b * weight(x, t) * jax.grad(total)(x, t)
         # ε moves by `step` at a fixed x_t, so x̂_0 by −√(1 − ᾱ_t)/√ᾱ_t of it; the output is linear.
-        return call(denoise, x, t) + from_x0_eps(c, -b / a * step, step, prediction)
+        return from_x0_eps(c, -b / a * step, step, prediction)
 
-    return Predictor(guided, prediction)
+    def guided(x: Array, t: Array) -> Array:
+        return call(denoise, x, t) + shift(x, t)
+
+    def with_its_variance(x: Array, t: Array) -> tuple[Array, Array]:
+        output, v = with_variance(denoise)(x, t)
+        return output + shift(x, t), v
+
+    learned = variance_of(denoise) is not None
+    return Predictor(guided, prediction, with_its_variance if learned else None)
 
 
 def _scale_at(

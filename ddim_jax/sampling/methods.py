@@ -17,18 +17,21 @@ from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.adams_bashforth import adams_bashforth, pf_euler
 from ddim_jax.sampling.dpm_solver import dpm_solver
+from ddim_jax.sampling.learned import learned_variance
 from ddim_jax.sampling.plan import Method, Plan, euler, pairs
 from ddim_jax.sampling.unipc import unipc
 
 
-def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | None = None) -> Method:
+def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | str | None = None) -> Method:
     """The steps of Eq. 12 with σ(η) of Eq. 16, or with σ of your own (DDIM §4.1).
 
     x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε_θ(x_t, t) + σ z; η = 0 is DDIM, η = 1 is DDPM
 
     Args:
       eta: η ≥ 0, a scalar, or (S,) along τ; may be traced.
-      sigma: (S,) σ along τ, in place of η; sigma[0] is 0, as the last step ends at s = 0.
+      sigma: (S,) σ along τ, in place of η; sigma[0] is 0, as the last step ends at s = 0. Or
+        "learned", that of the network for each pixel, between σ(1) and σ̂ (Nichol & Dhariwal 2021,
+        Eq. 15), up to √(1 − ᾱ_s), where Eq. 7 ends; in the last step 0.
 
     Returns:
       A `Method`.
@@ -45,6 +48,10 @@ def ddim(eta: ArrayLike = 0.0, *, sigma: ArrayLike | None = None) -> Method:
     """
     if sigma is not None and is_concrete(eta) and np.any(np.asarray(eta) != 0):
         raise ValueError(f"give eta or sigma, not both: got eta = {eta} and a sigma")
+    if isinstance(sigma, str):
+        if sigma != "learned":
+            raise ValueError(f'sigma must be numbers or "learned", got {sigma!r}')
+        return partial(_learned, in_family=True)
     return partial(euler, eta=eta, sigma=sigma)
 
 
@@ -52,10 +59,13 @@ def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
     """Ho et al.'s DDPM along any τ, with either of its two variances (DDIM §5 and App. D.3).
 
     `"small"`: σ(1) of Eq. 16, which is `ddim(1.0)`. `"large"`: the noise is scaled by
-    σ̂ = √(1 − ᾱ_t/ᾱ_s), while the direction term keeps σ(1).
+    σ̂ = √(1 − ᾱ_t/ᾱ_s), while the direction term keeps σ(1). `"learned"`: between the two by the
+    network's v, log σ² = v log σ̂² + (1 − v) log σ(1)² (Nichol & Dhariwal 2021, Eq. 15), with the
+    direction of σ(1) too, and no noise in the last step.
 
     Args:
-      variance: `"small"` or `"large"`.
+      variance: `"small"`, `"large"` or `"learned"`, which `predicts(…, learned_variance=True)` and
+        models with learned variance have.
       final_noise: whether the large variance also adds noise in the last step, to s = 0, where
         the authors add none. (The small one is 0 there.)
 
@@ -63,7 +73,7 @@ def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
       A `Method`.
 
     Raises:
-      ValueError: the variance is unknown, or final_noise is asked of the small one.
+      ValueError: the variance is unknown, or final_noise is asked of another than the large one.
 
     Example:
       >>> import ddim_jax as ddim
@@ -71,12 +81,14 @@ def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
       >>> [round(float(v), 2) for v in plan.steps.sigma**2]
       [0.02, 1.0, 0.0]
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f'variance must be "small" or "large", got {variance!r}')
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f'variance must be "small", "large" or "learned", got {variance!r}')
+    if variance != "large" and final_noise:
+        raise ValueError('final_noise goes with variance="large": σ(1) is 0 in the last step')
     if variance == "small":
-        if final_noise:
-            raise ValueError('final_noise goes with variance="large": σ(1) is 0 in the last step')
         return ddim(1.0)
+    if variance == "learned":
+        return _learned
 
     def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
         t, s = pairs(schedule, tau)
@@ -86,10 +98,21 @@ def ddpm(variance: str = "small", *, final_noise: bool = False) -> Method:
     return plan
 
 
+def _learned(schedule: Schedule, tau: ArrayLike | Sequence[int], in_family: bool = False) -> Plan:
+    """DDPM's rows, and what the network chooses its variance from."""
+    if not is_concrete(schedule, tau):
+        raise TypeError("schedule and tau must be concrete for a learned variance")
+    t, s = pairs(schedule, tau)
+    learned = learned_variance(schedule, t, s, in_family=in_family)
+    return Plan(t, coefficients(schedule, t, s, 1.0), learned=learned)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "ddim": ddim,
     "ddpm": ddpm,
     "ddpm-large": partial(ddpm, "large"),
+    "ddpm-learned": partial(ddpm, "learned"),
+    "ddim-learned": partial(ddim, sigma="learned"),
     "adams-bashforth-2": partial(adams_bashforth, 2),
     "adams-bashforth-3": partial(adams_bashforth, 3),
     "adams-bashforth-4": partial(adams_bashforth, 4),
@@ -103,6 +126,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 """Name → a function that returns the method; what `--method` knows."""
 WITH_ETA = ("ddim", "dpm-solver-2")
 """The names that go with an η of one's choice."""
+LEARNED = ("ddpm-learned", "ddim-learned")
+"""The names that go with networks that learned their variance."""
 
 
 def find_method(name: str, eta: float = 0.0) -> Method:

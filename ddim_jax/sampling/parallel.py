@@ -15,7 +15,7 @@ from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_co
 from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import towards
-from ddim_jax.sampling.plan import Method, Plan, noise_keys, rows, step_noise
+from ddim_jax.sampling.plan import Method, Plan, check_network, noise_keys, rows, step_noise
 from ddim_jax.sampling.sampler import plan_of
 
 
@@ -112,7 +112,7 @@ def parallel_sample(
     plan = plan_of(method, eta, schedule, tau)
     keys = noise_keys(plan, x_T, key, noise)
     size = _check(plan, x_T, window, tolerance, sharding)
-    prediction_of(denoise).check(plan.told or plan.steps)
+    check_network(denoise, plan)
     c = plan.steps
     linear = c.sqrt_alpha_bar_s * c.sqrt_alpha_bar_t + c.direction * c.sqrt_one_minus_alpha_bar_t
     x, steps = wide(x_T), plan.t.shape[0]

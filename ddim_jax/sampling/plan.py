@@ -37,6 +37,7 @@ from ddim_jax.process.prediction import prediction_of, to_x0_eps
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
 from ddim_jax.process.stepping import towards
+from ddim_jax.sampling.learned import LearnedVariance, with_variance
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +57,8 @@ class Plan:
       corrects: (S, M), newest first: what of the last M predictions is added to the state after
         the network was called with it and before it steps on; None where nothing is. Beside
         `weights`, whose memory it sums.
+      learned: the σ of each pixel is the network's own choice, between these; None where it is
+        that of `steps`, which is then above 0 where there is any.
 
     Example:
       >>> import ddim_jax as ddim
@@ -70,6 +73,7 @@ class Plan:
     told: Coefficients | None = None
     remembers: str = dataclasses.field(default="eps", metadata={"static": True})
     corrects: Any = None
+    learned: LearnedVariance | None = None
 
 
 class Method(Protocol):
@@ -153,14 +157,20 @@ def run(
     if keys is not None and keys.shape != x_T.shape[:1]:
         raise ValueError(f"got keys of {keys.shape[0]} images for {x_T.shape[0]} images")
     prediction, x = prediction_of(denoise), wide(x_T)
-    prediction.check(plan.told or plan.steps)
+    check_network(denoise, plan)
+    both = None if plan.learned is None else with_variance(denoise)
     keep = np.zeros(plan.t.shape[0], bool) if keep is None else keep
     num_kept = int(keep.sum())
     slots = np.where(keep, np.cumsum(keep) - 1, num_kept)  # the one out of range is dropped
 
     def body(carry: Any, row: Any) -> tuple[Any, None]:
         (x, past, kept), (now, slot, z) = carry, row
-        output = call(denoise, x, jnp.full(x.shape[:1], now.t), x_T.dtype)
+        t, steps = jnp.full(x.shape[:1], now.t), now.steps
+        if both is None:
+            output = call(denoise, x, t, x_T.dtype)
+        else:
+            output, v = (out.astype(x.dtype) for out in both(x.astype(x_T.dtype), t))
+            steps = now.learned.steps(steps, v)
         x_0, eps = prediction.x0_eps(now.told or now.steps, x, output)
         predicted = x_0
         if now.told is not None:
@@ -176,7 +186,7 @@ def run(
                 old.at[slot].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(kept, (x, predicted), strict=True)
             )
-        return (towards(now.steps, x_0, eps, z), past, kept), None
+        return (towards(steps, x_0, eps, z), past, kept), None
 
     memory = 0 if plan.weights is None else plan.weights.shape[1]
     past = jnp.zeros((memory, *x.shape), x.dtype)
@@ -185,6 +195,13 @@ def run(
         body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32), noise)
     )
     return x_0.astype(x_T.dtype), (kept[0], kept[1])
+
+
+def check_network(network: Any, plan: Plan) -> None:
+    """Raises ValueError where a network does not go with a plan, before anything is traced."""
+    prediction_of(network).check(plan.told or plan.steps)
+    if plan.learned is not None:
+        with_variance(network)
 
 
 def rows(plan: Plan, dtype: Any) -> Plan:

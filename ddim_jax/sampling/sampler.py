@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, image_keys, is_concrete, normal
-from ddim_jax.process.prediction import Predictor, prediction_of
+from ddim_jax.process.prediction import Predictor, prediction_of, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.methods import ddim
-from ddim_jax.sampling.plan import Method, Plan, noise_keys, run
+from ddim_jax.sampling.plan import Method, Plan, check_network, noise_keys, run
 
 
 class Trajectory(NamedTuple):
@@ -212,7 +212,7 @@ def make_sampler(
     if tau is None:
         raise TypeError("give tau, such as timesteps(1000, 50): only a distilled model has its own")
     apply_fn, schedule, default = model.apply_fn, model.schedule, (tau, eta, method)
-    prediction_of(apply_fn).check(plan_of(method, eta, schedule, tau).steps)
+    check_network(apply_fn, plan_of(method, eta, schedule, tau))
 
     @jax.jit
     def jitted(params: Any, inputs: Any, x_T: Array, plan: Plan, keys: Array | None) -> Array:
@@ -234,7 +234,7 @@ def make_sampler(
         plan = plan_of(
             method, 0.0 if eta is None else eta, schedule, default[0] if tau is None else tau
         )
-        prediction_of(apply_fn).check(plan.steps)
+        check_network(apply_fn, plan)
         keys = noise_keys(plan, x_T, key)
         if keys is not None and plan.steps.sigma is None:  # the program of every η
             steps = plan.steps._replace(sigma=plan.steps.direction * 0)
@@ -267,11 +267,16 @@ def watch(network: Any, callback: Callable[[Any], None]) -> Any:
     if hasattr(network, "apply_fn") and hasattr(network, "_replace"):  # a model
         return network._replace(apply_fn=watch(network.apply_fn, callback))
 
-    def watched(*args: Any, **inputs: Any) -> Array:
+    def watched(function: Any, *args: Any, **inputs: Any) -> Any:
         jax.debug.callback(callback, args[-1][0])
-        return network(*args, **inputs)
+        return function(*args, **inputs)
 
-    return Predictor(watched, prediction_of(network))
+    both = variance_of(network)
+    return Predictor(
+        partial(watched, network),
+        prediction_of(network),
+        None if both is None else partial(watched, both),
+    )
 
 
 def plan_of(

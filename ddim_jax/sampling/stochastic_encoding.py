@@ -88,8 +88,11 @@ def encode_stochastic(
         raise ValueError(
             f"this code is of noise, and eta = {eta} adds none; take eta > 0 or `invert`"
         )
-    if plan.weights is not None or plan.told is not None:
-        raise ValueError("encode_stochastic knows no methods with a memory; use `ddim` or `ddpm`")
+    if plan.weights is not None or plan.told is not None or plan.learned is not None:
+        raise ValueError(
+            "encode_stochastic knows no methods with a memory or a learned variance; use `ddim` or "
+            "`ddpm`"
+        )
     if key is None:
         raise ValueError("encode_stochastic draws x_t and needs key=jax.random.key(...)")
     prediction, goal = prediction_of(denoise), wide(x_0)

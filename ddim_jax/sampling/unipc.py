@@ -63,20 +63,38 @@ def unipc(order: int = 2, *, corrector: bool = True, variant: str = "B2") -> Met
 
     def plan(schedule: Schedule, tau: ArrayLike | Sequence[int]) -> Plan:
         plan = euler(schedule, tau)
-        c: Any = plan.steps
-        lam = half_log_snr(c)
-        w = predictor_weights(lam, order, variant)
-        if not corrector:
-            return dataclasses.replace(plan, weights=w, remembers="x_0")
-        xp: Any = np if is_concrete(lam) else jnp
-        w = xp.pad(w, ((0, 0), (0, 1)))
-        change = corrector_weights(lam, order, variant)[:-1] - xp.roll(w, 1, 1)[:-1]
-        scale = c.sqrt_alpha_bar_s - c.sqrt_alpha_bar_t * c.direction / c.sqrt_one_minus_alpha_bar_t
-        change = xp.where(xp.isfinite(lam)[:-2, None], scale[:-1, None] * change, 0)
-        corrects = xp.pad(change, ((1, 0), (0, 0)))  # a step is corrected in the row after it
-        return dataclasses.replace(plan, weights=w, remembers="x_0", corrects=corrects)
+        lam = half_log_snr(plan.steps)
+        return predicting(plan, lam, order, corrector=corrector, variant=variant)
 
     return plan
+
+
+def predicting(
+    plan: Plan, lam: Any, order: int, *, corrector: bool | np.ndarray = True, variant: str = "B2"
+) -> Plan:
+    """A plan of DDIM's steps along λ (S+1,) with UniPC's two tables.
+
+    Args:
+      plan: DDIM's own at η = 0.
+      lam: λ of its steps, from t down; the last may be ∞.
+      order, variant: of `unipc`.
+      corrector: whether UniC is used, or (S,) bool, after which steps it is.
+
+    Returns:
+      The plan, which remembers x̂_0.
+    """
+    c: Any = plan.steps
+    xp: Any = np if is_concrete(lam) else jnp
+    w = predictor_weights(lam, order, variant)
+    if corrector is False:
+        return dataclasses.replace(plan, weights=w, remembers="x_0")
+    w = xp.pad(w, ((0, 0), (0, 1)))
+    change = corrector_weights(lam, order, variant)[:-1] - xp.roll(w, 1, 1)[:-1]
+    scale = c.sqrt_alpha_bar_s - c.sqrt_alpha_bar_t * c.direction / c.sqrt_one_minus_alpha_bar_t
+    used = xp.isfinite(lam)[:-2] & np.broadcast_to(corrector, lam[1:].shape)[:-1]
+    change = xp.where(used[:, None], scale[:-1, None] * change, 0)
+    corrects = xp.pad(change, ((1, 0), (0, 0)))  # a step is corrected in the row after it
+    return dataclasses.replace(plan, weights=w, remembers="x_0", corrects=corrects)
 
 
 def predictor_weights(lam: Any, order: int, variant: str = "B2") -> Any:

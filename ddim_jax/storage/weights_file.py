@@ -6,8 +6,8 @@ The format runs no code when read. Tensors are named by their path, "down_0/conv
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -17,6 +17,7 @@ from ddim_jax.storage.files import write_whole
 
 HEADER_KEY = "ddim_jax"
 FORMAT = 1
+T = TypeVar("T")
 
 
 def save_weights(
@@ -101,12 +102,29 @@ def write_safetensors(
     write_whole(path, safetensors.numpy.save(dict(arrays), dict(metadata)))
 
 
+def is_ours(path: pathlib.Path) -> bool:
+    """Whether `save_weights` wrote it, by its header; ValueError where it is not intact."""
+    return HEADER_KEY in _opened(path, lambda file: file.metadata() or {})
+
+
+def tensor_names(path: pathlib.Path) -> list[str]:
+    """The names in a safetensors file, of which the header alone is read."""
+    return _opened(path, lambda file: list(file.keys()))
+
+
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays by name, header) of any safetensors file; ValueError where it is not intact."""
+
+    def read(file: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    return _opened(path, read)
+
+
+def _opened(path: pathlib.Path, read: Callable[[Any], T]) -> T:
     try:
         with safetensors.safe_open(path, "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return arrays, file.metadata() or {}
+            return read(file)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not an intact safetensors file: {error}") from error
 

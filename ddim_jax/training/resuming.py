@@ -176,7 +176,8 @@ def check_facts(
     say: Callable[[str], None],
 ) -> None:
     """Says at the start of a run what `load_model` would say of it in the end."""
-    from ddim_jax.networks.unet import abstract_params, check_params
+    from ddim_jax.networks.inputs import check_params
+    from ddim_jax.networks.unet import abstract_params
 
     try:
         schedule_config, model = from_facts(config)
@@ -201,6 +202,11 @@ def check_facts(
         raise ValueError(
             f"the network of facts is for {model.num_classes} classes, fit was called with "
             f"num_classes={num_classes}: without labels it learns none, so give both the same"
+        )
+    if num_classes is not None and not model.null_label and config["train"]["label_dropout"]:
+        raise ValueError(
+            "label_dropout hides labels behind 'no label', for which this network has no row "
+            "(null_label=False): set label_dropout=0 (--train.label-dropout 0)"
         )
     if model.image_shape != dataset.image_shape:
         raise ValueError(

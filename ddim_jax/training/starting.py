@@ -74,6 +74,11 @@ def start_from(
                 f"the model's network has {field.name}={has!r}, wanted is {wanted!r}: only "
                 f"{', '.join(FREE)} may be changed"
             )
+    if not own.null_label and config.num_classes != own.num_classes:
+        raise ValueError(
+            "the model's classes have no row for none of them, of which others could begin: keep "
+            f"num_classes={own.num_classes}, got {config.num_classes}"
+        )
     params = jax.tree.map(np.asarray, model.params)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise ValueError("the model's weights are not finite: training cannot start from them")

@@ -1,137 +1,134 @@
-"""The settings of the diffusers library in our words: config.json and scheduler_config.json."""
+"""The config.json of the diffusers library in our words, and back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.process.schedule import ScheduleConfig
-
-# Each setting of UNet2DModel that must have one value: diffusers' default for it, and that value.
-FIXED: dict[str, tuple[Any, Any]] = {
-    "center_input_sample": (False, False),
-    "time_embedding_type": ("positional", "positional"),
-    "freq_shift": (0, 1),
-    "flip_sin_to_cos": (True, False),
-    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2D"),
-    "mid_block_scale_factor": (1, 1),
-    "downsample_padding": (1, 0),
-    "downsample_type": ("conv", "conv"),
-    "upsample_type": ("conv", "conv"),
-    "act_fn": ("silu", "silu"),
-    "norm_eps": (1e-5, 1e-6),
-    "resnet_time_scale_shift": ("default", "default"),
-    "add_attention": (True, True),
-    "class_embed_type": (None, None),
-}
-FREE = (  # looked at one by one; num_train_timesteps has no meaning in these networks
-    *("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types"),
-    *("block_out_channels", "layers_per_block", "dropout", "attention_head_dim"),
-    *("norm_num_groups", "attn_norm_num_groups", "time_embedding_dim", "num_class_embeds"),
-    *("num_train_timesteps",),
-)
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "PNDMScheduler")
-KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-PREDICTIONS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+from ddim_jax.weights.diffusers_words import BLOCKS, DEFAULTS, are_counts, block_of, problems_of
 
 
-def unet_config(settings: Mapping[str, Any], num_classes: int | None = None) -> UNetConfig:
-    """Our configuration of a `UNet2DModel` of that config.json, if it is Ho et al.'s network.
+def unet_config(
+    settings: Mapping[str, Any],
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> UNetConfig:
+    """Our configuration of a `UNet2DModel` of that config.json.
 
     Args:
       settings: the content of config.json. What is not in it has diffusers' default.
-      num_classes: of a network with labels that was written here: its last label means "none".
+      num_classes: of a network with labels that was written here, where its last label may mean
+        "none", as no label of diffusers does.
+      image_size: a side or (H, W), in place of sample_size, which may be null.
 
     Returns:
       `UNetConfig`.
 
     Raises:
-      ValueError: naming the setting that is different.
+      ValueError: naming every setting that cannot be read.
 
     Example:
-      >>> unet_config({"_class_name": "UNet2DModel", "freq_shift": 0})
+      >>> unet_config({"freq_shift": "a", "act_fn": "tanh"}, image_size=32)
       Traceback (most recent call last):
-      ValueError: freq_shift is 0 in config.json, Ho et al.'s network has 1
+      ValueError: config.json is of no network that is read here:
+        act_fn is 'tanh'; known are 'silu', 'swish', 'mish', 'gelu', 'relu'
+        freq_shift is 'a', not a number
     """
     name = settings.get("_class_name", "UNet2DModel")
     if name != "UNet2DModel":
         raise ValueError(f"_class_name is {name!r} in config.json, only UNet2DModel is read")
-    for field, (default, value) in FIXED.items():
-        _need(field, settings.get(field, default), value)
-    unknown = sorted(
-        f for f in settings if not f.startswith("_") and f not in FIXED and f not in FREE
-    )
-    if unknown:
-        raise ValueError(f"config.json has settings that are unknown here: {', '.join(unknown)}")
-    try:
-        widths = [int(width) for width in settings["block_out_channels"]]
-        down = [name.removeprefix("UNetRes") for name in settings["down_block_types"]]
-        up = [name.removeprefix("UNetRes") for name in settings["up_block_types"]]
-        size, channels = settings["sample_size"], settings.get("in_channels", 3)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"config.json does not say the shape of the network: {error}") from error
-    if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):
-        size = size[0] if size[0] == size[1] else (size[0], size[1])
-    if type(size) not in (int, tuple):
-        raise ValueError(f"sample_size is {size!r} in config.json, a side or [H, W] is needed")
-    if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
-        raise ValueError(f"block_out_channels is {widths}: not multiples of the first of them")
-    _need("down_block_types", len(down), len(widths), "the length of block_out_channels")
-    for block in down:
-        if block not in ("DownBlock2D", "AttnDownBlock2D"):
-            raise ValueError(f"down_block_types has {block!r}, Ho et al.'s network has none")
-    mirrored = [block.replace("Down", "Up") for block in reversed(down)]
-    _need("up_block_types", up, mirrored, "its way down mirrored, ")
-    attended = [i for i, block in enumerate(down) if block == "AttnDownBlock2D"]
-    head = settings.get("attention_head_dim", 8)
-    if head is not None and {widths[i] for i in [*attended, -1]} != {head}:
-        raise ValueError(
-            f"attention_head_dim is {head} in config.json, Ho et al.'s network has one head (null)"
-        )
-    _need("out_channels", settings.get("out_channels", 3), channels, "in_channels, ")
-    groups = settings.get("norm_num_groups", 32)
-    if settings.get("attn_norm_num_groups") not in (None, groups):
-        raise ValueError(
-            f"attn_norm_num_groups is {settings['attn_norm_num_groups']}, not {groups}"
-        )
-    if settings.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        raise ValueError(
-            f"time_embedding_dim is {settings['time_embedding_dim']}, not {4 * widths[0]}"
-        )
-    labels = None if num_classes is None else num_classes + 1
-    if settings.get("num_class_embeds") != labels:
-        raise ValueError(
-            f"num_class_embeds is {settings.get('num_class_embeds')!r} in config.json: networks "
-            "with labels are read only where ddim_jax wrote them, as ours have one for 'no label'"
-        )
-    config = UNetConfig(
-        image_size=size,
-        in_channels=channels,
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        num_blocks=settings.get("layers_per_block", 2),
-        attention_resolutions=(),
-        dropout=float(settings.get("dropout", 0.0)),
-        num_classes=num_classes,
-        norm_groups=groups,
-    )
-    resolutions = tuple(config.resolutions[i] for i in attended)
-    return dataclasses.replace(config, attention_resolutions=resolutions)
+    said = {**DEFAULTS, **{k: v for k, v in settings.items() if not k.startswith("_")}}
+    problems = [*problems_of(said)]
+    size = said["sample_size"] if image_size is None else image_size
+    sides: Any = [size, size] if type(size) is int else size
+    if size is None:
+        problems.append("sample_size is null: pass image_size, a side in pixels or (H, W)")
+    elif not are_counts(sides) or len(sides) != 2:
+        problems.append(f"sample_size is {reprlib.repr(size)}, a side or [H, W] is needed")
+    labels = said["num_class_embeds"]
+    if num_classes is not None and labels not in (num_classes, num_classes + 1):
+        problems.append(f"num_class_embeds is {labels!r}, its facts say {num_classes} classes")
+    if not problems:
+        height, width = sides
+        size = height if height == width else (height, width)
+        try:
+            own = num_classes is not None and labels == num_classes + 1
+            config = UNetConfig(size, **_fields(said, min(sides), own))
+            one_head = {width for width, _ in config.attentions} <= {config.head_width}
+            return dataclasses.replace(config, head_width=None) if one_head else config
+        except (ValueError, TypeError, OverflowError) as error:
+            problems.append(f"in our words: {error}")
+    raise ValueError("\n  ".join(["config.json is of no network that is read here:", *problems]))
+
+
+def _fields(said: Mapping[str, Any], side: int, null_label: bool) -> dict[str, Any]:
+    """The fields of a `UNetConfig` but for its `image_size`, of settings without a problem."""
+    widths, groups = said["block_out_channels"], said["norm_num_groups"]
+    scale_shift = said["resnet_time_scale_shift"] == "scale_shift"
+    middle = "attention" if said["add_attention"] else "plain"
+    middle = "none" if said["mid_block_type"] is None else middle
+    middle_groups = said["attn_norm_num_groups"] or (0 if scale_shift else groups)
+    kind = said["class_embed_type"]
+    labels = said["num_class_embeds"] if kind is None else None
+    act = said["act_fn"].lower()
+    learned = said["time_embedding_type"] == "learned"
+    (down, resample_down), (up, resample_up) = (_way(said, side, way) for way in ("down", "up"))
+    return {
+        "in_channels": said["in_channels"],
+        "out_channels": _unless(said["in_channels"], said["out_channels"]),
+        "channels": widths[0],
+        "multipliers": tuple(w / widths[0] if w % widths[0] else w // widths[0] for w in widths),
+        "num_blocks": said["layers_per_block"],
+        "attention_resolutions": down,
+        "attention_resolutions_up": _unless(down, up),
+        "dropout": float(said["dropout"]),
+        "num_classes": labels - 1 if null_label and labels is not None else labels,
+        "null_label": labels is None or null_label,
+        "class_embedding": kind or "table",
+        "norm_groups": groups,
+        "norm_eps": said["norm_eps"],
+        "activation": "swish" if act == "silu" else act,
+        "scale_shift": scale_shift,
+        "head_width": said["attention_head_dim"],
+        "middle": middle,
+        "middle_scale": said["mid_block_scale_factor"],
+        "middle_norm_groups": _unless(groups, middle_groups) if middle == "attention" else None,
+        "resample_down": resample_down,
+        "resample_up": resample_up,
+        "downsample_padding": (1, 1) if said["downsample_padding"] else (0, 1),
+        "cosine_first": said["flip_sin_to_cos"],
+        "frequency_shift": said["freq_shift"],
+        "time_width": _unless(4 * widths[0], said["time_embedding_dim"]),
+        "time_table": said["num_train_timesteps"] if learned else None,
+        "centre_input": said["center_input_sample"],
+    }
+
+
+def _way(said: Mapping[str, Any], side: int, way: str) -> tuple[tuple[int, ...], Any]:
+    """Resolutions with attention, and how levels resample; the first level first."""
+    default = "block" if said[f"{way}sample_type"] == "resnet" else "conv"
+    blocks = [BLOCKS[block_of(name)] for name in said[f"{way}_block_types"]]
+    blocks = blocks if way == "down" else blocks[::-1]
+    attended = tuple(side // 2**i for i, (attention, _) in enumerate(blocks) if attention)
+    ways = [resample or default for _, resample in blocks]
+    ways = ways[:-1] if way == "down" else ways[1:]
+    return attended, "conv" if {*ways} <= {"conv"} else tuple(ways)
 
 
 def unet_settings(config: UNetConfig) -> dict[str, Any]:
     """The config.json of a `UNet2DModel` that is this network: `unet_config` undone.
 
     Args:
-      config: the network; `multipliers[0]` must be 1.
+      config: the network.
 
     Returns:
       A JSON-able dict.
 
     Raises:
-      ValueError: diffusers has no such network.
+      ValueError: diffusers has no such network; all that it lacks is named.
 
     Example:
       >>> settings = unet_settings(UNetConfig())
@@ -140,118 +137,90 @@ def unet_settings(config: UNetConfig) -> dict[str, Any]:
       >>> unet_config(settings) == UNetConfig()
       True
     """
-    if config.multipliers[0] != 1:
-        raise ValueError(
-            f"multipliers are {config.multipliers}: diffusers needs the first of them to be 1"
-        )
-    attended = [size in config.attention_resolutions for size in config.resolutions]
+    (down, up), (down_ways, up_ways) = config.attended, config.resampling
+    down_levels = [*zip(down, (*down_ways, ""))]
+    up_levels = [*zip(up, ("", *up_ways))]
+    if lacks := [*_lacks(config, down_levels, up_levels)]:
+        raise ValueError(f"diffusers has no such network: {'; '.join(lacks)}")
+
+    def blocks(levels: list[tuple[bool, str]], way: str) -> list[str]:
+        plain = {"block": f"Resnet{way}sampleBlock2D"}
+        return [f"Attn{way}Block2D" if a else plain.get(r, f"{way}Block2D") for a, r in levels]
+
+    labels, (head, *_) = config.num_classes, [*_head_widths(config), None]
     return {
         "_class_name": "UNet2DModel",
-        **{name: value for name, (_, value) in FIXED.items()},
         "sample_size": config.image_size,
         "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
-        "block_out_channels": [m * config.channels for m in config.multipliers],
+        "out_channels": config.out_channels or config.in_channels,
+        "center_input_sample": config.centre_input,
+        "time_embedding_type": "positional" if config.time_table is None else "learned",
+        "time_embedding_dim": config.time_width,
+        "freq_shift": config.frequency_shift,
+        "flip_sin_to_cos": config.cosine_first,
+        "down_block_types": blocks(down_levels, "Down"),
+        "mid_block_type": None if config.middle == "none" else "UNetMidBlock2D",
+        "up_block_types": blocks(up_levels[::-1], "Up"),
+        "block_out_channels": list(config.widths),
         "layers_per_block": config.num_blocks,
-        "attention_head_dim": None,
+        "mid_block_scale_factor": config.middle_scale,
+        "downsample_padding": config.downsample_padding[0],
+        "downsample_type": "resnet" if (True, "block") in down_levels else "conv",
+        "upsample_type": "resnet" if (True, "block") in up_levels else "conv",
         "dropout": config.dropout,
+        "act_fn": "silu" if config.activation == "swish" else config.activation,
+        "attention_head_dim": head,
         "norm_num_groups": config.norm_groups,
-        "num_class_embeds": None if config.num_classes is None else config.num_classes + 1,
+        "attn_norm_num_groups": _unless(*_middle_groups(config)),
+        "norm_eps": config.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
+        "add_attention": config.middle != "plain",
+        "class_embed_type": None if config.class_embedding == "table" else config.class_embedding,
+        "num_class_embeds": None if labels is None else labels + config.null_label,
+        "num_train_timesteps": config.time_table,
     }
 
 
-def schedule_config(scheduler: Mapping[str, Any]) -> tuple[ScheduleConfig, str]:
-    """The noise schedule and the prediction type of a scheduler_config.json.
-
-    Args:
-      scheduler: its content. What is not in it has diffusers' default.
-
-    Returns:
-      (ScheduleConfig, "eps", "x_0" or "v").
-
-    Raises:
-      ValueError: naming the setting that is not supported.
-
-    Example:
-      >>> config, predicts = schedule_config({"_class_name": "DDPMScheduler"})
-      >>> config == ScheduleConfig("linear", 1000), predicts
-      (True, 'eps')
-    """
-
-    def refuse(field: str, known: object) -> ValueError:
-        value = scheduler.get(field)
-        return ValueError(f"{field} is {value!r} in scheduler_config.json, supported: {known}")
-
-    if scheduler.get("_class_name") not in SCHEDULERS:
-        raise refuse("_class_name", ", ".join(SCHEDULERS))
-    if scheduler.get("trained_betas") is not None:
-        raise refuse("trained_betas", None)
-    zero = scheduler.get("rescale_betas_zero_snr", False)
-    if type(zero) is not bool:
-        raise refuse("rescale_betas_zero_snr", "true and false")
-    if "learned" in str(scheduler.get("variance_type")):
-        raise refuse("variance_type", "a fixed variance")
-    steps = scheduler.get("num_train_timesteps", 1000)
-    if type(steps) is not int or not 1 <= steps <= 1_000_000:
-        raise refuse("num_train_timesteps", "an int in 1..1000000")
-    for field in ("beta_start", "beta_end"):
-        if not isinstance(scheduler.get(field, 0.5), int | float):
-            raise refuse(field, "a number")
-    betas = scheduler.get("beta_schedule", "linear")
-    if not isinstance(betas, str) or betas not in KINDS:
-        raise refuse("beta_schedule", ", ".join(KINDS))
-    default = "epsilon" if scheduler.get("predict_epsilon", True) else "sample"
-    prediction = scheduler.get("prediction_type", default)
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise refuse("prediction_type", ", ".join(PREDICTIONS))
-    facts = {"kind": KINDS[betas], "num_steps": steps}
-    if facts["kind"] != "cosine":  # diffusers' defaults are those of linear for both other kinds
-        start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
-        facts |= {"beta_start": float(start), "beta_end": float(end)}
-    config = ScheduleConfig.from_facts(facts | ({"zero_terminal_snr": True} if zero else {}))
-    config.build()
-    return config, PREDICTIONS[prediction]
+def _lacks(
+    config: UNetConfig, down: list[tuple[bool, str]], up: list[tuple[bool, str]]
+) -> Iterator[str]:
+    """What diffusers has not."""
+    first = config.widths[0]
+    if config.channels != first:
+        yield f"multipliers[0] is {config.multipliers[0]}, it has 1"
+    if config.sinusoids not in (None, first):
+        yield f"sinusoids are {config.sinusoids}, it has {first}, the width of the first level"
+    if config.time_scale != 1:
+        yield f"time_scale is {config.time_scale}, it has 1"
+    for name, levels in (("resample_down", down), ("resample_up", up)):
+        if "pool" in {way for _, way in levels}:
+            yield f"{name} has 'pool', it has 'conv' and 'block'"
+        if {(True, "conv"), (True, "block")} <= {*levels}:
+            yield f"{name} has both 'conv' and 'block' at levels with attention, it has one"
+    if len(heads := _head_widths(config)) > 1:
+        yield f"heads are of several widths, {sorted(heads)}, it has one head_width"
+    usual, groups = _middle_groups(config)
+    if groups == 0 != usual:
+        yield "middle_norm_groups is 0, it has that with scale_shift only"
 
 
-def scheduler_settings(schedule: ScheduleConfig, prediction: str) -> dict[str, Any]:
-    """What a scheduler_config.json says of the model: `schedule_config` undone.
-
-    Args:
-      schedule: the noise schedule.
-      prediction: "eps", "x_0" or "v".
-
-    Returns:
-      A JSON-able dict.
-
-    Example:
-      >>> schedule = ScheduleConfig("scaled_linear")
-      >>> settings = {"_class_name": "DDIMScheduler"} | scheduler_settings(schedule, "v")
-      >>> schedule_config(settings) == (schedule, "v")
-      True
-    """
-    kinds = {ours: theirs for theirs, ours in KINDS.items()}
-    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    facts = schedule.facts()
-    if prediction not in predictions:
-        raise ValueError(
-            f"diffusers has no prediction type {prediction!r}; it has those of "
-            f"{', '.join(predictions)}"
-        )
-    factor = 1000 / schedule.num_steps if schedule.rescale_betas else 1
-    return {
-        "num_train_timesteps": schedule.num_steps,
-        "beta_schedule": kinds[schedule.kind],
-        "beta_start": facts["beta_start"] * factor,
-        "beta_end": facts["beta_end"] * factor,
-        "prediction_type": predictions[prediction],
-        **({"rescale_betas_zero_snr": True} if schedule.zero_terminal_snr else {}),
-    }
+def _head_widths(config: UNetConfig) -> set[int]:
+    """Of all heads; none where each attention has one head."""
+    if config.head_width is not None:
+        return {config.head_width}
+    several = any(count > 1 for _, count in config.attentions)
+    return {width // count for width, count in config.attentions} if several else set()
 
 
-def _need(field: str, got: Any, want: Any, which: str = "") -> None:
-    if got != want:
-        raise ValueError(
-            f"{field} is {got!r} in config.json, Ho et al.'s network has {which}{want!r}"
-        )
+def _middle_groups(config: UNetConfig) -> tuple[int, int]:
+    """Groups of the middle's attention that diffusers takes unasked, and ours."""
+    usual = 0 if config.scale_shift else config.norm_groups
+    if config.middle != "attention":
+        return usual, usual
+    own = config.middle_norm_groups
+    return usual, config.norm_groups if own is None else own
+
+
+def _unless(usual: Any, value: Any) -> Any:
+    """None where it is what None means."""
+    return None if value == usual else value

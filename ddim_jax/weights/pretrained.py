@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-import re
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from ddim_jax.networks.config import UNetConfig, check_params
+from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.inputs import check_params
 from ddim_jax.networks.paper import PAPER
-from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig, predicts
+from ddim_jax.process import PREDICTIONS, Prediction, ScheduleConfig
 from ddim_jax.process.prediction import SIGMA_DATA
-from ddim_jax.storage.weights_file import load_weights, save_weights
+from ddim_jax.storage.weights_file import is_ours, load_weights, read_safetensors
+from ddim_jax.weights import hub
+from ddim_jax.weights.containers import find_state
+from ddim_jax.weights.diffusers_config import unet_config
 from ddim_jax.weights.diffusers_format import (
     Contents,
+    check_settings,
     is_diffusers_weights,
     read_diffusers,
-    write_diffusers,
+    read_json,
 )
-from ddim_jax.weights.model import Model, from_facts, to_facts
-from ddim_jax.weights.state_dict import from_checkpoint, from_state_dict, infer_config
+from ddim_jax.weights.model import Model, from_facts, network_of, to_facts
+from ddim_jax.weights.namings import read_state
+from ddim_jax.weights.openai_flags import Flags
 from ddim_jax.weights.torch_files import is_torch_file, load_torch
 
+FOREIGN = ("PyTorch checkpoint", ".safetensors file")
 SHIPPED = pathlib.Path(__file__).parents[1] / "models"
-# As released: ema_diffusion_cifar10_model/model-790000.ckpt, diffusion_cifar10_model-790000.ckpt
-RELEASED = re.compile(r"diffusion_(cifar10|lsun_\w+)_model(/model)?-\d+\.ckpt$")
 
 
 def load_model(
@@ -40,29 +43,56 @@ def load_model(
     image_size: int | tuple[int, int] | None = None,
     schedule: ScheduleConfig | None = None,
     prediction: str | None = None,
+    part: str | None = None,
+    variant: str | None = None,
+    ignore: Collection[str] = (),
+    revision: str | None = None,
+    subfolder: str | None = None,
+    filename: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    flags: Flags | None = None,
 ) -> Model:
     """Load a trained model, whatever wrote it.
 
     Args:
       source: "digits", or with classes "digits-labels", the models that ship with the package; a
         run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder
-        (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint of Ho et al.'s network as
-        the DDIM authors name its tensors, a state dict or their training list.
+        (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint or .safetensors file of
+        Ho et al.'s network by the names of the DDIM authors, of diffusers or of OpenAI, a state
+        dict or one in the dicts and lists that training programs put it in; or, where there is no
+        such path, "org/name" on the Hugging Face Hub, one of these there.
       step: of a run folder, which checkpoint; by default the latest.
-      ema: the moving average, where there is one (run folder, training list); else the weights
+      ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
-      config: the network, in place of the one that is stored or inferred; or the name of a network
-        of the paper, "cifar10", "celeba64" or "lsun256", each with the linear schedule.
-      image_size: of a PyTorch checkpoint, a side or (H, W); the rest of the network is inferred.
+      config: the network, in place of the one that is stored or inferred; or the path of a
+        config.json of diffusers; or the name of a network of the paper, "cifar10", "celeba64" or
+        "lsun256", each with the linear schedule.
+      image_size: of a file with the DDIM authors' names, a side or (H, W); the rest of the network
+        is inferred. Of a diffusers folder, in place of its sample_size, which may be null.
       schedule: the noise schedule, in place of the one that is stored, if any.
       prediction: what the network predicts, "eps", "x_0", "v" or "edm", in place of what is stored;
         "eps" where nothing is.
+      part: of a checkpoint with several networks, the name of one, such as "model" or "ema".
+      variant: of a diffusers folder, such as "fp16"; by default the plain weights, or the only
+        variant.
+      ignore: tensors to leave out that are not the network's, such as ("logvar", "betas"); `*`
+        stands for anything.
+      revision: of the Hub, a branch, tag or commit; by default its main branch.
+      subfolder: of the Hub, the folder in a repository.
+      filename: of the Hub, the file that is the model, where there are several.
+      token: of the Hub, as huggingface_hub takes it; by default HF_TOKEN or `hf auth login`.
+      cache_dir: of the Hub, in place of huggingface_hub's own.
+      flags: of OpenAI's improved-diffusion and guided-diffusion, by their names: a dict, a command
+        line "--image_size 64 …", a JSON file, or the name of a model that they published, such as
+        "guided-imagenet64". Their published files are known by name, and need none.
 
     Returns:
       A `Model`, its weights on the default device; it knows what it predicts.
 
     Raises:
       FileNotFoundError: there is nothing of that name.
+      ModuleNotFoundError, PermissionError, ConnectionError: of the Hub, see `weights.hub.fetch`.
       ValueError: what is there is not a model, is damaged, hostile or from a newer version, does
         not fit the network, or does not say its image size or schedule.
 
@@ -75,31 +105,22 @@ def load_model(
     """
     from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
-    path = _find(source)
-    if isinstance(config, str):
-        if config not in PAPER:
-            raise ValueError(f"unknown config {config!r}; choose one of {', '.join(PAPER)}")
-        config, schedule = PAPER[config], schedule or ScheduleConfig()
     if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"{path}: unknown prediction type {prediction!r}; known are {PREDICTIONS}")
-    run = (path / "checkpoints").is_dir()
-    torch = path.is_file() and (path.suffix in (".ckpt", ".pt", ".pth") or is_torch_file(path))
-    if step is not None and not run:
-        raise ValueError(f"step={step} is for run folders, {path} is none")
-    if not ema and not run and not torch:
-        raise ValueError(f"ema=False, but {path} holds one set of weights only")
-    if image_size is not None and (config is not None or not torch):
-        raise ValueError("image_size is for PyTorch checkpoints, in place of config")
+        raise ValueError(
+            f"{source}: unknown prediction type {prediction!r}; known are {PREDICTIONS}"
+        )
+    if isinstance(config, str):
+        config, image_size, schedule = _network(config, image_size, schedule)
+    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "filename": filename}
+    place |= {"token": token, "cache_dir": cache_dir}
+    fetched = _fetch(source, variant, {k: v for k, v in place.items() if v is not None})
+    path = fetched.path if fetched else _find(source)
+    leave = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    choices = _Choices(step, ema, config, image_size, part, variant, leave, flags)
+    kind = _kind(path)
+    choices.check(path, kind)
     try:
-        if run:
-            stored = _read_run(path / "checkpoints", step, "ema" if ema else "params", config)
-        elif path.is_dir():
-            stored = read_diffusers(path)
-        elif torch:
-            stored = _read_torch(path, ema, config, image_size)
-        else:
-            params, facts = load_weights(path)
-            stored = _ours(params, facts)
+        stored = _read(path, kind, choices)
         config, schedule = config or stored.config, schedule or stored.schedule
         prediction = prediction or stored.prediction
         if prediction not in PREDICTIONS:
@@ -116,63 +137,11 @@ def load_model(
             raise
         raise ValueError(f"{path}: {error}") from error
     told = Prediction(prediction, sigma_data=stored.facts.get("sigma_data", SIGMA_DATA))
-    apply_fn = predicts(unet.make_apply(config), told, schedule=built)
-    facts = {**stored.facts, **to_facts(schedule, config, told)}
+    apply_fn = network_of(config, told, built)
+    facts = {**stored.facts, **(fetched.facts if fetched else {})}
+    facts |= to_facts(schedule, config, told)
     params = jax.device_put(stored.params)
     return Model(apply_fn, params, built, config, facts)
-
-
-def save_model(
-    path: str | os.PathLike[str], model: Model, *, float16: bool = False, overwrite: bool = False
-) -> None:
-    """Save a model as one .safetensors file, which `load_model` reads.
-
-    Args:
-      path: the file; its directory must exist.
-      model: of `load_model`, or your own: its facts must hold `to_facts(schedule, config)`.
-      float16: halve the file; weights are rounded to 11 bits and read back as float32.
-      overwrite: replace the file if it exists.
-
-    Raises:
-      FileExistsError: the file exists and `overwrite` is False.
-      ValueError: the facts do not say the model's schedule.
-
-    Example:
-      >>> import ddim_jax as ddim, tempfile
-      >>> path = tempfile.mkdtemp() + "/digits.safetensors"
-      >>> save_model(path, ddim.load_model("digits"))
-      >>> ddim.load_model(path).image_shape
-      (8, 8, 1)
-    """
-    facts = {**model.facts, **to_facts(_schedule(model), model.config, model.prediction)}
-    save_weights(path, model.params, facts, float16=float16, overwrite=overwrite)
-
-
-def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
-    """Save a model as a folder that diffusers loads, by `DDIMPipeline.from_pretrained(folder)`.
-
-    The network alone is `UNet2DModel.from_pretrained(folder, subfolder="unet")`.
-
-    Args:
-      folder: must not exist, or be empty; its parent must exist.
-      model: as for `save_model`; its config must have `multipliers[0] == 1`.
-
-    Raises:
-      FileExistsError: the folder holds something.
-      ValueError: diffusers has no such network, or the facts do not say the model's schedule.
-
-    Example:
-      >>> import ddim_jax as ddim, tempfile
-      >>> folder = tempfile.mkdtemp()
-      >>> save_diffusers(folder, ddim.load_model("digits"))
-      >>> ddim.load_model(folder).image_shape
-      (8, 8, 1)
-    """
-    schedule = _schedule(model)
-    facts = {**model.facts, **to_facts(schedule, model.config, model.prediction)}
-    write_diffusers(
-        pathlib.Path(folder), model.params, model.config, schedule, model.prediction.kind, facts
-    )
 
 
 def with_classes(source: str) -> str:
@@ -187,6 +156,65 @@ def with_classes(source: str) -> str:
     return sibling if there and os.path.basename(source) == source else source
 
 
+class _Choices(NamedTuple):
+    """What is to be taken of what lies there; see `load_model`."""
+
+    step: int | None
+    ema: bool
+    config: UNetConfig | None
+    image_size: int | tuple[int, int] | None
+    part: str | None
+    variant: str | None
+    ignore: tuple[str, ...]
+    flags: Flags | None
+
+    def check(self, path: pathlib.Path, kind: str) -> None:
+        """Refuses a choice that this kind of file does not have, and two of one thing."""
+        for given, name, kinds in (
+            (self.step is not None, f"step={self.step}", ("run folder",)),
+            (not self.ema, "ema=False", ("run folder", "diffusers folder", *FOREIGN)),
+            (self.image_size is not None, "image_size", ("diffusers folder", *FOREIGN)),
+            (self.flags is not None, "flags", FOREIGN),
+            (self.part is not None, f"part={self.part!r}", FOREIGN),
+            (self.variant is not None, f"variant={self.variant!r}", ("diffusers folder",)),
+            (bool(self.ignore), f"ignore={self.ignore!r}", ("diffusers folder", *FOREIGN)),
+        ):
+            if given and kind not in kinds:
+                raise ValueError(f"{name} is for a {' or a '.join(kinds)}, {path} is a {kind}")
+        if self.image_size is not None and self.config is not None:
+            raise ValueError("image_size is in place of config: give one of them")
+        if self.flags is not None and (self.config or self.image_size) is not None:
+            raise ValueError("flags say the whole network: give no config and no image_size too")
+
+
+def _network(
+    config: str, size: int | tuple[int, int] | None, schedule: ScheduleConfig | None
+) -> tuple[UNetConfig, int | tuple[int, int] | None, ScheduleConfig | None]:
+    """A network by its name, with its schedule; or by its config.json, with the image size."""
+    if config.endswith(".json"):
+        return unet_config(read_json(pathlib.Path(config)), image_size=size), None, schedule
+    if config not in PAPER:
+        raise ValueError(
+            f"unknown config {config!r}; choose one of {', '.join(PAPER)}, or a config.json"
+        )
+    return PAPER[config], size, schedule or ScheduleConfig()
+
+
+def _fetch(
+    source: str | os.PathLike[str], variant: str | None, place: dict[str, Any]
+) -> hub.Fetched | None:
+    """The model of the Hub, if it is one."""
+    shipped = isinstance(source, str) and (SHIPPED / f"{source}.safetensors").is_file()
+    if not shipped and hub.is_hub_name(source):
+        return hub.fetch(str(source), variant=variant, check=check_settings, **place)
+    if place:
+        raise ValueError(
+            f"{', '.join(place)}: of models on the Hub, org/name; {str(source)!r} is none"
+            + (", as there is such a path here" if os.path.exists(source) else "")
+        )
+    return None
+
+
 def _find(source: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(source)
     shipped = SHIPPED / f"{source}.safetensors"
@@ -196,9 +224,43 @@ def _find(source: str | os.PathLike[str]) -> pathlib.Path:
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors")))
         raise FileNotFoundError(
             f"no model {str(source)!r}: give a run folder, a diffusers folder, a .safetensors or "
-            f"PyTorch file, or the name of a shipped model ({names})"
+            f"PyTorch file, the name of a shipped model ({names}), or org/name of the Hub"
         )
-    return path.parent if is_diffusers_weights(path) else path
+    return path
+
+
+def _kind(path: pathlib.Path) -> str:
+    """Who reads it, by what lies there."""
+    if path.is_dir():
+        return "run folder" if (path / "checkpoints").is_dir() else "diffusers folder"
+    if is_diffusers_weights(path):
+        return "diffusers folder"
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin") or is_torch_file(path):
+        return FOREIGN[0]
+    return "file of save_model" if is_ours(path) else FOREIGN[1]
+
+
+def _read(path: pathlib.Path, kind: str, choices: _Choices) -> Contents:
+    if kind == "run folder":
+        part = "ema" if choices.ema else "params"
+        return _read_run(path / "checkpoints", choices.step, part, choices.config)
+    if kind == "diffusers folder":
+        folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+        return read_diffusers(
+            folder, choices.variant, file, choices.ignore, choices.image_size, choices.ema
+        )
+    if kind not in FOREIGN:
+        return _ours(*load_weights(path))
+    torch = kind == FOREIGN[0]
+    state, facts = find_state(
+        load_torch(path) if torch else read_safetensors(path)[0],
+        choices.ema,
+        choices.part,
+        choices.ignore,
+    )
+    facts = {"source": "PyTorch checkpoint" if torch else "safetensors", **facts}
+    name = path.absolute().as_posix()
+    return read_state(state, facts, name, choices.config, choices.image_size, choices.flags)
 
 
 def _ours(params: Any, facts: dict[str, Any]) -> Contents:
@@ -223,51 +285,3 @@ def _read_run(
             "load_model knows more with fit(..., facts=to_facts(schedule, config))"
         )
     return Contents(restore_part(folder, part, step), config, None, "eps", facts)
-
-
-def _read_torch(
-    path: pathlib.Path,
-    ema: bool,
-    config: UNetConfig | None,
-    image_size: int | tuple[int, int] | None,
-) -> Contents:
-    state, facts = from_checkpoint(load_torch(path), ema)
-    schedule = None
-    if config is None and image_size is not None:
-        config = infer_config(state, image_size)
-    if config is None:
-        alike = _paper_network(state)
-        if alike is None or not RELEASED.search(path.absolute().as_posix()):
-            hint = f" (its shapes are those of {alike!r})" if alike else ""
-            raise ValueError(
-                "a PyTorch checkpoint holds neither the image size nor the noise schedule: pass "
-                f"config={' or '.join(map(repr, PAPER))}, a network of the paper{hint}, or "
-                "image_size=... and schedule=ScheduleConfig(...)"
-            )
-        config, schedule = PAPER[alike], ScheduleConfig()
-    params = from_state_dict(state, config)
-    return Contents(params, config, schedule, "eps", {"source": "PyTorch checkpoint", **facts})
-
-
-def _paper_network(state: dict[str, np.ndarray]) -> str | None:
-    """The name of the paper's network that has these shapes."""
-    infer_config(state, 4096)  # says what is wrong where the names are foreign
-    for name, known in PAPER.items():
-        with contextlib.suppress(ValueError):
-            if infer_config(state, known.image_size) == known:
-                return name
-    return None
-
-
-def _schedule(model: Model) -> ScheduleConfig:
-    """The schedule of the facts, if it is the model's."""
-    schedule, _ = from_facts(model.facts)
-    wanted = np.asarray(model.schedule.log_alpha_bar, np.float64)
-    got = np.asarray(schedule.build().log_alpha_bar)
-    if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=1e-5):
-        raise ValueError(
-            'facts["schedule"] is not the schedule of this model; set it by '
-            "to_facts(ScheduleConfig(...), config). A schedule that no ScheduleConfig makes cannot "
-            "be saved"
-        )
-    return schedule

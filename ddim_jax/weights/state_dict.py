@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.networks.config import Params, UNetConfig
+from ddim_jax.weights.containers import few, leave_out
 
 POINTWISE = ("q", "k", "v", "proj_out", "nin_shortcut")  # 1×1 convolutions in PyTorch
 SUFFIX = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
@@ -57,7 +58,7 @@ def from_state_dict(
     """Parameters from a state dict: `to_state_dict` undone.
 
     Args:
-      state: flat dict of floating arrays. 1×1 convolutions may also be (O, I).
+      state: flat dict of floating arrays. 1×1 convolutions may also be (O, I) or (O, I, 1).
       config: the network.
       rename: from the DDIM authors' names to those of `state`.
 
@@ -82,7 +83,13 @@ def from_state_dict(
         )
     from ddim_jax.networks import unet  # here, as flax takes half a second to import
 
-    abstract = unet.abstract_params(config)
+    return fill(unet.abstract_params(config), state, rename)
+
+
+def fill(
+    abstract: Params, state: Mapping[str, np.ndarray], rename: Callable[[str], str] = str
+) -> Params:
+    """Parameters of the shapes of `abstract` from a state dict, as `from_state_dict` says."""
     wanted = {rename(name): (path, leaf) for path, name, leaf in _named(abstract)}
     missing = sorted(wanted.keys() - state.keys())
     unused = sorted(state.keys() - wanted.keys())
@@ -93,8 +100,8 @@ def from_state_dict(
         path, leaf = wanted[name]
         axes = _axes(path, len(leaf.shape))  # of PyTorch's layout
         shape, array = tuple(leaf.shape[axis] for axis in axes), state[name]
-        if array.shape == (*shape, 1, 1) and len(shape) == 2:
-            array = array[:, :, 0, 0]
+        if len(shape) == 2 and array.shape == shape + (1,) * (array.ndim - 2):
+            array = array.reshape(shape)
         if array.shape != shape:
             misfits.append(f"{name} is {array.shape}, not {shape}")
         elif not jnp.issubdtype(array.dtype, jnp.floating):
@@ -111,8 +118,10 @@ def from_state_dict(
     }
     if any(problems.values()):
         lines = [
-            f"  {len(names)} {what}: {_few(names)}" for what, names in problems.items() if names
+            f"  {len(names)} {what}: {few(names)}" for what, names in problems.items() if names
         ]
+        if unused and not (missing or misfits or broken):
+            lines.append(f"  {leave_out(unused)}")
         raise ValueError("\n".join(["the weights are not this network's:", *lines]))
     return params
 
@@ -139,7 +148,7 @@ def infer_config(state: Mapping[str, np.ndarray], image_size: int | tuple[int, i
         widths = [state[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(
-            f"not the names of Ho et al.'s network: no {error}; it has {_few(sorted(state))}"
+            f"not the names of Ho et al.'s network: no {error}; it has {few(sorted(state))}"
         ) from error
     if not levels or any(not width or width % channels for width in widths):
         raise ValueError(f"the levels' widths {widths} are not multiples of the first, {channels}")
@@ -154,49 +163,6 @@ def infer_config(state: Mapping[str, np.ndarray], image_size: int | tuple[int, i
     )
     attended = [r for i, r in enumerate(config.resolutions) if f"down.{i}.attn.0.q.weight" in state]
     return dataclasses.replace(config, attention_resolutions=tuple(attended))
-
-
-def from_checkpoint(
-    checkpoint: Any, ema: bool = True
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The state dict in what `load_torch` read, a plain one or the DDIM authors' training list.
-
-    Args:
-      checkpoint: a state dict, or [model, optimiser, epoch, step] or [model, optimiser, epoch,
-        step, moving average], as the authors' `main.py` saves it. A prefix "module." is dropped.
-      ema: of a training list that has one, take the moving average.
-
-    Returns:
-      (flat dict of arrays, facts): which weights these are, and the step where it is known.
-
-    Raises:
-      ValueError: it is none of these.
-
-    Example:
-      >>> lists = [{"module.w": np.ones(2)}, {}, 3, 7000, {"w": np.zeros(2)}]
-      >>> from_checkpoint(lists)
-      ({'w': array([0., 0.])}, {'weights': 'moving average', 'step': 7000})
-    """
-    facts: dict[str, Any] = {"weights": "as stored"}
-    state = checkpoint
-    if isinstance(checkpoint, list | tuple):
-        if len(checkpoint) not in (4, 5):
-            raise ValueError(
-                f"a list of {len(checkpoint)}, not [model, optimiser, epoch, step, moving average]"
-            )
-        averaged = ema and len(checkpoint) == 5
-        state = checkpoint[4] if averaged else checkpoint[0]
-        facts = {"weights": "moving average" if averaged else "last", "step": checkpoint[3]}
-    elif not ema:
-        raise ValueError("ema=False, but it holds one set of weights only")
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"it holds a {type(state).__name__} where a state dict belongs")
-    for name, array in state.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise ValueError(f"no state dict: {name!r} in it is a {type(array).__name__}")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): array for name, array in state.items()}
-    return state, facts
 
 
 def _named(params: Params) -> Iterator[tuple[tuple[str, ...], str, Any]]:
@@ -222,7 +188,3 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: np.ndarray) -> None:
 
 def _numbers(pattern: str, names: Mapping[str, Any]) -> set[str]:
     return {match[1] for match in (re.match(pattern, name) for name in names) if match}
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -290,7 +290,7 @@ def benchmark(
         "machine": device() | {"load": os.getloadavg()[0],
                                "versions": versions("flax", "torch", "diffusers"),
                                "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
-        "settings": {"model": dataclasses.asdict(args.config), "dtype": args.dtype, **settings,
+        "settings": {"model": args.config.facts(), "dtype": args.dtype, **settings,
                      "rounds": args.rounds, "compile_mode": args.compile_mode,
                      "flops_per_image_and_call": flops},
         "batches": {},

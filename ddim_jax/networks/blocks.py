@@ -1,0 +1,244 @@
+"""What the U-Net is made of: embedding of time, GroupNorm, residual block, attention, resampling.
+
+The layers are Flax NNX. All weights are zero at first: `build` of `unet.py` draws them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.conv import conv
+
+ACTIVATIONS = {
+    "swish": nnx.swish,
+    "mish": jax.nn.mish,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
+_zeros = nnx.initializers.zeros_init()
+
+
+def timestep_embedding(
+    index: jax.Array, dim: int, shift: float = 1, cosine_first: bool = False
+) -> jax.Array:
+    """Sinusoidal embedding: [sin(index·f_k), cos(index·f_k)], f_k = 10000^(−k/(h−shift)).
+
+    k = 0..h−1 with h = dim // 2. Vaswani et al. (2017), §3.5, with sines and cosines in two
+    halves and h − 1 for h, as in the code released by Ho et al. (2020).
+
+    Args:
+        index: (batch,) the network's 0-based index, t − 1, integer or not; below 0 gives NaN.
+        dim: at least 4; of an odd one the last number is 0.
+        shift: 1 of Ho et al., 0 of Vaswani et al.
+        cosine_first: cosines before sines.
+
+    Returns:
+        (batch, dim) float32.
+
+    Example:
+        >>> timestep_embedding(jnp.array([0]), 4).tolist()
+        [[0.0, 0.0, 1.0, 1.0]]
+    """
+    half = dim // 2
+    freq = np.exp(-math.log(10000) / (half - shift) * np.arange(half)).astype(np.float32)
+    place = jnp.where(index < 0, jnp.nan, index.astype(jnp.float32))
+    angle = place[:, None] * freq[None, :]
+    parts = [jnp.sin(angle), jnp.cos(angle)]
+    if dim % 2:
+        parts.append(jnp.zeros_like(place[:, None]))
+    if cosine_first:
+        parts[:2] = parts[1::-1]
+    return jnp.concatenate(parts, axis=-1)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation with float32 statistics (Wu & He, 2018)."""
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6):
+        self.groups, self.eps = groups, eps
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        (b, _, _, c), groups = x.shape, self.groups
+        y = x.astype(jnp.float32)
+
+        def group_mean(z: jax.Array) -> jax.Array:  # (b, h, w, c) -> (b, groups, 1)
+            return z.mean((1, 2)).reshape(b, groups, -1).mean(-1, keepdims=True)
+
+        def per_channel(z: jax.Array) -> jax.Array:  # (b, groups, 1) -> (b, 1, 1, c)
+            return jnp.broadcast_to(z, (b, groups, c // groups)).reshape(b, 1, 1, c)
+
+        # var = E(y − m)² − (E y − m)² for any constant m. With m = E y no digits are lost, and as
+        # a constant it keeps a second reduction out of the backward pass.
+        mean = group_mean(y)
+        m = jax.lax.stop_gradient(mean)
+        var = group_mean(jnp.square(y - per_channel(m))) - jnp.square(mean - m)
+        scale = per_channel(jax.lax.rsqrt(var + self.eps)) * self.scale[...].reshape(1, 1, 1, c)
+        shift = self.bias[...].reshape(1, 1, 1, c) - per_channel(mean) * scale
+        return (y * scale + shift).astype(x.dtype)
+
+
+def dense(c_in: int, c_out: int, config: UNetConfig) -> nnx.Linear:
+    """Over the channels: also Ho et al.'s 1×1 convolutions, which are twice as fast so on a CPU."""
+    return nnx.Linear(c_in, c_out, dtype=config.dtype, kernel_init=_zeros, rngs=nnx.Rngs(0))
+
+
+def two_layers(c_in: int, c: int, config: UNetConfig) -> nnx.Dict:
+    """Those that an embedding goes through."""
+    return nnx.Dict(dense=numbered([dense(c_in, c, config), dense(c, c, config)]))
+
+
+def conv3(c_in: int, c_out: int, config: UNetConfig, **kwargs: Any) -> nnx.Conv:
+    """The 3×3 convolution."""
+    kwargs |= {"dtype": config.dtype, "kernel_init": _zeros, "conv_general_dilated": conv}
+    return nnx.Conv(c_in, c_out, (3, 3), rngs=nnx.Rngs(0), **kwargs)
+
+
+class ResnetBlock(nnx.Module):
+    """x + conv2(dropout(a(norm2(conv1(r(a(norm1(x)))) + temb_proj(a(temb)))))), a the activation.
+
+    With `scale_shift`, y = norm2(conv1(…)) becomes y (1 + s) + b instead, [s, b] = temb_proj(…).
+    r, of x too, is `upsample` or `average` in a block that resamples; the sum is over `divisor`.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, config: UNetConfig, resample: str = "", divisor: float = 1
+    ):
+        self.dropout, self.activation = config.dropout, config.activation
+        self.scale_shift, self.resample, self.divisor = config.scale_shift, resample, divisor
+        self.norm1 = GroupNorm(c_in, config.norm_groups, config.norm_eps)
+        self.conv1 = conv3(c_in, c_out, config)
+        width = 2 * c_out if config.scale_shift else c_out
+        self.temb_proj = dense(config.embedding_width, width, config)
+        self.norm2 = GroupNorm(c_out, config.norm_groups, config.norm_eps)
+        self.conv2 = conv3(c_out, c_out, config)
+        if c_in != c_out:
+            self.nin_shortcut = dense(c_in, c_out, config)
+
+    def __call__(self, x: jax.Array, temb: jax.Array, key: jax.Array | None) -> jax.Array:
+        activation = ACTIVATIONS[self.activation]
+        h = activation(self.norm1(x))
+        if self.resample:
+            resample = {"up": upsample, "down": average}[self.resample]
+            h, x = resample(h), resample(x)
+        h = self.conv1(h)
+        time = self.temb_proj(activation(temb))[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = activation(h)
+        if key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
+            h = jnp.where(keep, h / (1 - self.dropout), jnp.zeros_like(h))
+        h = self.conv2(h)
+        y = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+class AttnBlock(nnx.Module):
+    """x + proj_out(softmax(q kᵀ / √d) v) over all pixels, in heads of width d; softmax in float32.
+
+    Without groups it has no norm; the sum is over `divisor`.
+    """
+
+    def __init__(
+        self, channels: int, config: UNetConfig, heads: int, groups: int, divisor: float = 1
+    ):
+        width = config.head_width or channels // heads
+        self.heads, self.divisor = channels // width, divisor
+        if groups:
+            self.norm = GroupNorm(channels, groups, config.norm_eps)
+        self.q = dense(channels, self.heads * width, config)
+        self.k = dense(channels, self.heads * width, config)
+        self.v = dense(channels, self.heads * width, config)
+        self.proj_out = dense(self.heads * width, channels, config)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, _ = x.shape
+        y = self.norm(x) if hasattr(self, "norm") else x
+        q, k, v = (layer(y).reshape(b, h * w, -1) for layer in (self.q, self.k, self.v))
+        if self.heads == 1:
+            y = attention(q, k, v)
+        else:
+            q, k, v = (z.reshape(b, h * w, self.heads, -1) for z in (q, k, v))
+            y = jax.vmap(attention, in_axes=2, out_axes=2)(q, k, v)
+        y = x + self.proj_out(y.reshape(b, h, w, -1))
+        return y if self.divisor == 1 else y / self.divisor
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q kᵀ / √d) v of (B, N, d) each."""
+    logits = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+    return jnp.einsum("bij,bjc->bic", weights, v)
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour, ×2: (B, H, W, C) → (B, 2H, 2W, C)."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def average(x: jax.Array) -> jax.Array:
+    """Mean of 2×2 pixels: (B, 2H, 2W, C) → (B, H, W, C)."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+class Resample(nnx.Module):
+    """From one level to the next, "down" or "up": by convolution, residual block or no layer."""
+
+    def __init__(self, direction: str, way: str, c: int, config: UNetConfig):
+        self.direction = direction
+        padding = (config.downsample_padding,) * 2
+        halving = {"strides": 2, "padding": padding} if direction == "down" else {}
+        if way == "block":
+            self.block = ResnetBlock(c, c, config, direction)
+        elif way == "conv":
+            self.conv = conv3(c, c, config, **halving)
+
+    def __call__(self, x: jax.Array, residual: Callable[..., jax.Array]) -> jax.Array:
+        if hasattr(self, "block"):
+            return residual(self.block, x)
+        if self.direction == "up":
+            x = upsample(x)
+        elif not hasattr(self, "conv"):
+            x = average(x)
+        return self.conv(x) if hasattr(self, "conv") else x
+
+
+def middle(c: int, config: UNetConfig) -> nnx.Dict:
+    """Two residual blocks, attention between them, or less."""
+    layers: dict[str, nnx.Module] = {}
+    if config.middle != "none":
+        for name in ("block_1", "block_2"):
+            layers[name] = ResnetBlock(c, c, config, divisor=config.middle_scale)
+    if config.middle == "attention":
+        own = config.middle_norm_groups
+        groups = config.norm_groups if own is None else own
+        layers["attn_1"] = AttnBlock(c, config, config.num_heads, groups, config.middle_scale)
+    return nnx.Dict(layers)
+
+
+def rows(table: nnx.Param, index: jax.Array) -> jax.Array:
+    """Unsigned, so that −1 is out of range too: NaN, no other row."""
+    return table[...].at[index.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
+
+
+def numbered(modules: list[Any]) -> nnx.Dict:
+    """A list of modules under the keys "0", "1", …: parameter paths are strings throughout."""
+    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+
+
+def in_order(modules: nnx.Dict) -> list[Any]:
+    return [modules[str(i)] for i in range(len(modules))]
