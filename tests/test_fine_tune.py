@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_start_and_takes_no_other(tmp_path):
 
 def test_classes_of_other_names_are_said(monkeypatch):
     said, names = [], ("0", "eins", *"23456789")
-    monkeypatch.setattr(train, "_tell", said.append)
+    monkeypatch.setattr(train, "tell", said.append)
     model, preset = load_model("digits-labels"), PRESETS["digits-labels"]()
     train._tuned(preset, model, "digits-labels", names)
     assert "its table of 10 classes kept (1 is now eins)" in said[0]

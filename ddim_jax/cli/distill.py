@@ -20,9 +20,9 @@ from ddim_jax.cli.runs import check_apart, tell
 from ddim_jax.pictures import plots
 from ddim_jax.process import timesteps
 from ddim_jax.storage.files import write_whole
+from ddim_jax.training import distilling
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.distilling import RECIPE, halvings
-from ddim_jax.training.distilling import distill as distil
 from ddim_jax.training.presets import DataConfig, learned_from
 from ddim_jax.training.run_folder import read_metrics
 
@@ -57,7 +57,7 @@ def distill(
       train: of each stage. The prediction is by default the teacher's, and v where that is eps.
       resume: "never": no stage may have begun. "auto": finished stages stay, and the next goes on.
     """
-    if min(to, to if steps is None else steps) < 1:
+    if to < 1 or (steps is not None and steps < 1):
         raise ValueError(f"--steps and --to must be at least 1, got {steps} and {to}")
     check_writable(out / "checkpoints")
     processes.join()
@@ -75,7 +75,9 @@ def distill(
         data = _as_then(learned_from(teacher.facts), data, model)
     check_apart(out, data.name, data_dir)
     dataset = data.load(data_dir)
-    distil(teacher, tau, dataset, train, out, to=to, source=model, resume=resume, say=tell)
+    distilling.distill(
+        teacher, tau, dataset, train, out, to=to, source=model, resume=resume, say=tell
+    )
     folders = [out / f"steps-{len(students)}" for students in ladder[1:]]
     if jax.process_index() == 0:
         for folder in folders:

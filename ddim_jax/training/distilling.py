@@ -135,7 +135,7 @@ def distill(
 
     Raises:
       ValueError: S does not lead to `to`; images have another shape than the model's; the model
-        predicts ε where ᾱ_t = 0; or as `fit` and `start_from`.
+        predicts ε where ᾱ_t = 0, or a variance too; or as `fit` and `start_from`.
       FileExistsError: a stage has begun and `resume` is "never".
       Preempted: as `fit`.
     """
@@ -144,6 +144,10 @@ def distill(
     folders = [directory / f"steps-{len(students)}" for students in ladder[1:]]
     config = dataclasses.replace(config, **_learned(model.prediction, config))
     model.prediction.check(coefficients(schedule, ladder[0], 0))
+    if model.config.out_channels not in (None, model.config.in_channels):
+        raise ValueError(
+            "a network with a learned variance cannot be distilled: its steps have none"
+        )
     if dataset.image_shape != model.image_shape:
         raise ValueError(
             f"the model has images {model.image_shape}, {dataset.name} {dataset.image_shape}: name "

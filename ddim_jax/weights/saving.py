@@ -50,7 +50,8 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
 
     Raises:
       FileExistsError: the folder holds something.
-      ValueError: diffusers has no such network, or the facts do not say the model's schedule.
+      ValueError: diffusers has no such network, or no place for the τ of a distilled model; or the
+        facts do not say the model's schedule.
 
     Example:
       >>> import ddim_jax as ddim, tempfile
@@ -59,6 +60,11 @@ def save_diffusers(folder: str | os.PathLike[str], model: Model) -> None:
       >>> ddim.load_model(folder).image_shape
       (8, 8, 1)
     """
+    if model.tau is not None:
+        raise ValueError(
+            f"the model is distilled to the τ {model.tau.tolist()}, which a diffusers folder does "
+            "not hold, and is wrong along another: save it as one .safetensors file"
+        )
     schedule = _schedule(model)
     facts = {**model.facts, **to_facts(schedule, model.config, model.prediction)}
     write_diffusers(
