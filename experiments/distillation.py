@@ -59,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     cells = []
     for seed in args.seeds:
         students = _students(experiment, seed)
-        for steps in sorted({*args.steps, *args.also}, reverse=True):
+        for steps in dict.fromkeys([*args.steps, *args.also]):
             ways = {"ddim-linear": ("ddim", experiment.tau(steps, "linear"), model)}
             if steps in args.steps:
                 ways = {"student": ("ddim", students[steps].tau, students[steps])}
-                ways |= {f"{name}-{spacing}": (name, experiment.tau(steps, spacing), model)
-                         for name in ("ddim", *args.method) for spacing in args.spacings}  # fmt: skip
+                for name in ("ddim", *args.method):
+                    ways |= {f"{name}-{spacing}": (name, experiment.tau(steps, spacing), model)
+                             for spacing in args.spacings}  # fmt: skip
             for way, (name, tau, network) in ways.items():
                 judge = partial(_judge, experiment, network, tau, name, seed)
                 cell = experiment.cell(f"{way}-S{steps}-seed{seed}", judge)
