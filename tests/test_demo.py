@@ -13,17 +13,21 @@ from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import load_model
 
 
-def score(num_images, steps):
-    """Pixel-space Fréchet distance of the shipped model's samples, η = 0."""
-    (images,) = demo.draw_cells(
-        load_model("digits"), num_images, steps=[steps], etas=[0.0]
-    ).values()
+def score(num_images, steps, name="digits"):
+    """Pixel-space Fréchet distance of a shipped model's samples, η = 0, linear τ."""
+    (images,) = demo.draw_cells(load_model(name), num_images, steps=[steps], etas=[0.0]).values()
     return demo.score(images, load("digits"))
 
 
 def test_the_shipped_model_is_good():
     """A perfect sampler would score 0.5 with so few samples."""
     assert score(300, steps=20) <= 0.8
+
+
+def test_four_calls_of_the_distilled_model_are_as_good():
+    """DDIM of its teacher scores 1.5, with 2,000 samples and a quadratic τ."""
+    assert load_model("digits-4").tau.tolist() == [250, 500, 750, 1000]
+    assert score(300, steps=4, name="digits-4") <= 0.9
 
 
 @pytest.mark.slow
