@@ -661,7 +661,10 @@ def child(line, **environ):
 @pytest.mark.parametrize(
     ("line", "number", "code"),
     [
-        ("sample digits --steps 1000 --num-images 999 --out {}/d.png", signal.SIGINT, 130),
+        pytest.param(
+            *("sample digits --steps 1000 --num-images 999 --out {}/d.png", signal.SIGINT, 130),
+            marks=pytest.mark.slow,
+        ),
         ("generate digits --steps 1000 --out {}/many", signal.SIGTERM, 143),
     ],
 )
@@ -685,7 +688,7 @@ def test_which_errors_of_jax_are_said_in_a_line():
     assert cli._said(RuntimeError("of our own making")) is None  # it keeps its traceback
 
 
-@pytest.mark.parametrize("platform", ["rocm", "abacus"])
+@pytest.mark.parametrize("platform", ["rocm", pytest.param("abacus", marks=pytest.mark.slow)])
 def test_a_platform_that_is_not_there(tmp_path, platform):
     with child(f"sample digits --out {tmp_path}/d.png", JAX_PLATFORMS=platform) as process:
         said = process.stderr.read()
