@@ -99,7 +99,11 @@ def recipe(
     )
 
 
-_refuse = partial(refuse, advice="; ddim_jax.make_sampler(model, tau, method=...) draws without it")
+_refuse = partial(
+    refuse,
+    advice="; ddim_jax.make_sampler(model, tau, method=...) draws without it, "
+    "and a command without --as-stored",
+)
 
 
 def _contradictions(
