@@ -18,6 +18,8 @@ from ddim_jax.weights import load_model, save_diffusers, to_facts
 from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.diffusers_format import check_settings, diffusers_name, write_diffusers
 from ddim_jax.weights.diffusers_scheduler import schedule_config, scheduler_settings
+from ddim_jax.weights.model import stored
+from ddim_jax.weights.openai_config import respaced
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
@@ -259,7 +261,9 @@ def test_a_learned_variance_is_written_for_the_scheduler_that_takes_it(tmp_path)
     write_diffusers(tmp_path / "out", params, config, ScheduleConfig(), "eps", {})
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert (index["_class_name"], index["scheduler"][1]) == ("DDPMPipeline", "DDPMScheduler")
-    assert load_model(tmp_path / "out").facts["sampling"]["variance_type"] == "learned_range"
+    model = load_model(tmp_path / "out")
+    assert model.facts["sampling"]["variance_type"] == "learned_range"
+    np.testing.assert_array_equal(stored(model, 7).tau, respaced(1000, "7"))  # OpenAI's own τ
 
 
 def test_a_folder_without_scheduler(tmp_path):

@@ -320,7 +320,7 @@ RAGGED = with_(down__1__block__0__conv1__weight=np.zeros((48, 32, 3, 3), np.floa
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 BAD = {
     "a.ckpt: empty": (lambda: b"", SIZED, "begins like neither"),
-    "a.ckpt: text": (lambda: b"<html>404</html>", SIZED, "a web page, as of a download that failed"),
+    "a.ckpt: text": (lambda: b"<html>404</html>", SIZED, "a web page, as of a download"),
     "a.ckpt: runs a command": (torch(EVIL), SIZED, "posix.system, which is not plain data"),
     "a.ckpt: list that runs one": (
         torch([STATE, EVIL, 1, 2, EMA]), SIZED, "posix.system, which is not plain data"),

@@ -53,7 +53,8 @@ AVERAGE = (  # what diffusers' EMAModel adds to config.json
     *("decay", "min_decay", "optimization_step", "update_after_step"),
     *("use_ema_warmup", "inv_gamma", "power"),
 )
-LEARNED = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}  # DDIM's takes no σ
+# Of a learned variance, which DDIMScheduler does not take: as OpenAI draw.
+LEARNED = {"variance_type": "learned_range", "timestep_spacing": "linspace"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -164,7 +165,8 @@ def write_diffusers(
         diffusers_name(name, config): array[:, :, 0, 0] if _is_linear(name) else array
         for name, array in to_state_dict(params).items()
     }
-    usual = LEARNED if config.out_channels == 2 * config.in_channels else None
+    twice = config.out_channels == 2 * config.in_channels
+    usual = {"_class_name": "DDPMScheduler", **LEARNED} if twice else None
     pipeline, scheduler = whole_scheduler(facts.get("sampling", usual), schedule, prediction)
     index = {
         "_class_name": pipeline,
