@@ -119,15 +119,16 @@ def _judge(experiment: Experiment, model: ddim.Model, tau: Any, method: str, see
 
 
 def _rows(cells: list[Cell]) -> list[Cell]:
-    """Mean and standard error over seeds of each way at each S."""
-    found: dict[tuple[int, str], list[float]] = {}
+    """Mean and standard error over seeds of each way at each S; of one seed its jackknife's."""
+    found: dict[tuple[int, str], list[Cell]] = {}
     for cell in cells:
-        found.setdefault((cell["S"], cell["way"]), []).append(cell["distance"])
-    return [
-        {"S": s, "way": way, "distance": float(np.mean(d)),
-         "se": float(np.std(d, ddof=1) / len(d) ** 0.5) if len(d) > 1 else 0.0}
-        for (s, way), d in found.items()
-    ]  # fmt: skip
+        found.setdefault((cell["S"], cell["way"]), []).append(cell)
+    rows = []
+    for (s, way), mine in found.items():
+        d = [cell["distance"] for cell in mine]
+        se = np.std(d, ddof=1) / len(d) ** 0.5 if len(d) > 1 else mine[0]["se"]
+        rows.append({"S": s, "way": way, "distance": float(np.mean(d)), "se": float(se)})
+    return rows
 
 
 def _series(rows: list[Cell]) -> dict[str, Any]:
