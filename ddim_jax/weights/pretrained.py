@@ -61,8 +61,9 @@ def load_model(
         the models that ship with the package; a run folder of `ddim-jax train`; a weights file of
         `save_model`; a diffusers folder (`UNet2DModel`, or a pipeline with one); or a PyTorch
         checkpoint or .safetensors file of Ho et al.'s network by the names of the DDIM authors, of
-        diffusers or of OpenAI, a state dict or one in the dicts and lists that
-        training programs put it in; or, where there is no such path, "org/name" on the Hugging Face Hub, one of these there.
+        diffusers or of OpenAI, a state dict or one in the dicts and lists that training programs
+        put it in; or, where there is no such path, "org/name" on the Hugging Face Hub, one of these
+        there.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
