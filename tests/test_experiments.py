@@ -26,6 +26,7 @@ from experiments import (
     claims,
     common,
     discrete,
+    distillation,
     fig3,
     fig4,
     fig5,
@@ -531,6 +532,22 @@ def test_objectives_are_learned_by_the_step_of_the_package():
         for ours, theirs in zip(jax.tree.leaves(ema), jax.tree.leaves(state.ema)):
             # Adam's first steps are 2e-5 times their number each, whatever the gradient.
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_distillation_summarises_seeds_and_takes_the_best_tau(tmp_path):
+    figures = {"student": [1.0, 3.0], "ddim-linear": [4.0, 4.0], "ddim-quadratic": [2.0, 2.0]}
+    cells = [
+        {"S": 4, "way": way, "distance": d, "se": 0.5}
+        for way, both in figures.items() for d in both
+    ]  # fmt: skip
+    series = distillation._series(distillation._rows(cells))
+    assert series == {"student": ([4], [2.0], [1.0]), "ddim": ([4], [2.0], [0.0])}
+    assert distillation._rows(cells[:1])[0]["se"] == 0.5
+    with pytest.raises(ValueError, match="does not lead to 3"):
+        distillation.main(["--steps", "3", "--out", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match=r"no student of 32 steps has \[6\] steps"):
+        distillation.main(["--steps", "6", "4", "--out", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_batches_of_objectives_are_epochs_without_a_gap():
