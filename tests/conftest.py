@@ -51,7 +51,7 @@ COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow],
 }
-settings.register_profile("same", derandomize=True, max_examples=50, **COMMON)
+settings.register_profile("same", derandomize=True, max_examples=20, **COMMON)
 settings.register_profile("explore", max_examples=500, **COMMON)
 settings.load_profile("same")
 
