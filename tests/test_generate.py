@@ -416,6 +416,7 @@ generate(toy(), sys.argv[1], 21, 5, 1.0, batch_size=2, shard_size=4, progress=Fa
 """
 
 
+@pytest.mark.slow
 def test_two_real_processes_of_two_devices_draw_the_same(draw, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -449,7 +450,14 @@ generate(toy(), sys.argv[1], 21, 5, batch_size=2, shard_size=4, progress=False)
 """
 
 
-@pytest.mark.parametrize(("name", "call"), [("fsync", 1), ("fsync", 4), ("replace", 3)])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        pytest.param("fsync", 1, marks=pytest.mark.slow),
+        ("fsync", 4),
+        pytest.param("replace", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_writing_it_resumes_to_the_same_bytes(draw, tmp_path, name, call):
     """The first call is for the settings, the others are for shards."""
     folder, arguments = tmp_path / "killed", [name, str(call)]

@@ -59,7 +59,14 @@ def labelled(x, t, y):
     return y[:, None] * x + t[:, None].astype(x.dtype) / 1000
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        *(pytest.param(scale, marks=pytest.mark.slow) for scale in (0.0, 1.0)),
+        2.5,
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+    ],
+)
 @pytest.mark.parametrize("interval", [None, (20, 500)])
 def test_one_doubled_call_equals_two_calls(scale, interval):
     labels, null, calls = jnp.arange(1.0, 7.0), -1.0, []
@@ -82,7 +89,7 @@ def test_one_doubled_call_equals_two_calls(scale, interval):
     np.testing.assert_allclose(one(X, T), expected + T[:, None] / 1000, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("kind", ["eps", pytest.param("x_0", marks=pytest.mark.slow), "v"])
 def test_autoguidance_of_gaussians_whatever_is_predicted(kind):
     """Scores add with the weights 1 − w and w: a float64 loop of Eq. 12 with their sum."""
     tau, w = ddim.timesteps(1000, 20), 2.0
@@ -230,8 +237,15 @@ def linear_replacement(tau, eta, fresh, k):
     return mean[1], cov[1, 1]
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("fresh", "eta"),
+    [
+        (True, 1.0),
+        (False, 0.0),
+        pytest.param(True, 0.0, marks=pytest.mark.slow),
+        pytest.param(False, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_inpainting_a_gaussian(fresh, eta):
     n, k, tau = 4000, 2.0, ddim.timesteps(1000, 50)
     known = jnp.array([[k, np.nan]]).repeat(n, axis=0)  # what is unknown is never looked at

@@ -1,3 +1,4 @@
+import itertools
 import warnings
 from functools import partial
 
@@ -57,9 +58,16 @@ def smooth_eps(x, t):
     return xp.sin(2 * x) * scale + 0.1 * xp.roll(x, 1, axis=1)
 
 
-@pytest.mark.parametrize("eps_at", ["source", "target"])
-@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
-@pytest.mark.parametrize("steps", [1, 7, 50])
+QUICK = [(1, "linear", "source"), (7, "quadratic", "source"), (7, "linear", "target")]
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "eps_at"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product((1, 7, 50), ("linear", "quadratic"), ("source", "target"))
+    ],
+)
 def test_encode_is_eulers_method_upwards(eps_at, spacing, steps):
     tau = ddim.timesteps(1000, steps, spacing)
     x_0 = np.random.default_rng(1).normal(size=(5, 3))
@@ -120,7 +128,9 @@ def test_the_default_encoder_reconstructs_better_and_both_improve_with_steps():
         assert error[eps_at, 50] < error[eps_at, 10] / 3
 
 
-@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize(
+    "steps", [10, *(pytest.param(S, marks=pytest.mark.slow) for S in (20, 50))]
+)
 def test_invert_is_exact_on_the_mixture(steps):
     tau, x_0 = ddim.timesteps(1000, steps), draw(EIGHT, 256)
     with warnings.catch_warnings():

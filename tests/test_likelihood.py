@@ -63,7 +63,12 @@ def expected_terms(a, tau, x, v, eta, ratio=1.0, decoder_sigma=None):
 
 
 @pytest.mark.parametrize(
-    ("steps", "eta", "variance"), [(100, 1.0, "small"), (10, 0.5, "small"), (100, 1.0, "large")]
+    ("steps", "eta", "variance"),
+    [
+        pytest.param(100, 1.0, "small", marks=pytest.mark.slow),
+        (10, 0.5, "small"),
+        (100, 1.0, "large"),
+    ],
 )
 def test_the_bound_of_a_gaussian_by_hand(steps, eta, variance):
     tau = ddim.timesteps(100, steps)
@@ -181,7 +186,7 @@ def test_the_bound_of_digits_is_above_their_density():
     assert 4 < ode.figure.value < bound.figure.value < 6
 
 
-@pytest.mark.parametrize("kind", ["v", "edm"])
+@pytest.mark.parametrize("kind", [pytest.param("v", marks=pytest.mark.slow), "edm"])
 def test_the_density_of_a_gaussian_whatever_the_network_predicts(kind):
     """x̄_T = x̄_0 √((v + σ_T²)/v) exactly, so that log p is N(0, v ᾱ-corrected) by hand."""
     v, schedule = 0.3, FINE

@@ -29,6 +29,7 @@ ORDERS = {
 }
 
 
+@functools.cache
 def as_kind(kind):
     """The exact denoiser, as a network that predicts x_0, v or F, which is fed x_t/s."""
 
@@ -40,6 +41,17 @@ def as_kind(kind):
         return ddim.from_x0_eps(c, *ddim.to_x0_eps(c, x, EXACT(x, t)), kind)
 
     return ddim.predicts(network, kind, schedule=SCHEDULE)
+
+
+@functools.cache
+def drawn_with(denoise):
+    """`sample` by any plan at TAU: one program for all plans of a memory length."""
+    run = jax.jit(
+        lambda x_T, keys, plan: ddim.sample(
+            denoise, x_T, SCHEDULE, plan.t[::-1], key=keys, method=lambda *_: plan
+        )
+    )
+    return lambda name, x_T, keys: run(x_T, keys, find_method(name)(SCHEDULE, TAU))
 
 
 @EVERY
@@ -78,10 +90,7 @@ def test_order_of_convergence(name):
 def test_every_kind_of_prediction_draws_the_same(name):
     """Within what float32 costs: the first step divides ε's rounding by √ᾱ_T = 0.006."""
     x_T = ddim.initial_noise(KEY, 5, (3,))
-    runs = [
-        ddim.sample(as_kind(kind), x_T, SCHEDULE, TAU, key=KEY, method=find_method(name))
-        for kind in ddim.process.PREDICTIONS
-    ]
+    runs = [drawn_with(as_kind(kind))(name, x_T, KEY) for kind in ddim.process.PREDICTIONS]
     bound = 64 * np.finfo(np.float32).eps / np.sqrt(A[1000])
     for other in runs[1:]:
         np.testing.assert_allclose(other, runs[0], atol=bound * float(jnp.abs(runs[0]).max()))
@@ -98,10 +107,9 @@ def test_trajectory_is_sample(name):
 
 @EVERY
 def test_an_image_does_not_depend_on_its_batch(name):
-    x_T, method = ddim.initial_noise(KEY, 5, (3,)), find_method(name)
-    whole = ddim.sample(EXACT, x_T, SCHEDULE, TAU, key=KEY, method=method)
-    keys = ddim.image_keys(KEY, [3, 4])
-    part = ddim.sample(EXACT, x_T[3:], SCHEDULE, TAU, key=keys, method=method)
+    x_T, draw = ddim.initial_noise(KEY, 5, (3,)), drawn_with(EXACT)
+    whole = draw(name, x_T, KEY)
+    part = draw(name, x_T[3:], ddim.image_keys(KEY, [3, 4]))
     np.testing.assert_allclose(part, whole[3:], rtol=1e-5, atol=1e-5)
 
 

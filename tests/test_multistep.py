@@ -133,7 +133,7 @@ def test_pf_euler_against_a_loop():
     np.testing.assert_allclose(got, x_bar, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
+@pytest.mark.parametrize("spacing", ["linear", pytest.param("quadratic", marks=pytest.mark.slow)])
 def test_on_digits_20_steps_of_order_2_match_50_of_ddim(spacing):
     """Against 200 steps of order 3, which 1000 change by less than 1e-6."""
     denoise, x_T, fine = digits()
@@ -169,7 +169,9 @@ def test_the_fine_solution_is_the_limit_of_ddim():
     assert float(jnp.median(jnp.abs(ddim.sample(denoise, x_T, SCHEDULE, tau) - fine))) < 1e-5
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "order", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 3)), 4]
+)
 def test_one_call_an_element_and_one_trace(order):
     traces, calls = [], []
 
@@ -185,8 +187,14 @@ def test_one_call_an_element_and_one_trace(order):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("order", "S"),
+    [
+        pytest.param(order, S, marks=() if S in (1, order - 1) else pytest.mark.slow)
+        for order in (2, 3, 4)
+        for S in (1, 2, 3, 4, 5)
+    ],
+)
 def test_fewer_steps_than_the_order(order, S):
     """A constant ε is integrated exactly by any method, from S = 1 on."""
     x_T, eps = jnp.ones((2, 3)), jnp.full((2, 3), 0.7)

@@ -55,8 +55,15 @@ def in_turn(denoise, steps):
     return lambda x_T, method: run(x_T, method(SCHEDULE, ddim.timesteps(1000, steps)))
 
 
-@pytest.mark.parametrize("denoise", [MIXTURE, ddim.predicts(wavy, "v")])
-@pytest.mark.parametrize("window", [20, 6])
+@pytest.mark.parametrize(
+    ("denoise", "window"),
+    [
+        pytest.param(MIXTURE, 20, marks=pytest.mark.slow),
+        (MIXTURE, 6),
+        (ddim.predicts(wavy, "v"), 20),
+        pytest.param(ddim.predicts(wavy, "v"), 6, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("eta", [1e-9, 0.5, 1.0, "hat"])  # 1e-9: σ of 0, in the same program
 def test_it_is_sample_to_the_tolerance(denoise, window, eta):
     method = ddim.ddpm("large") if eta == "hat" else ddim.ddim(eta)

@@ -18,7 +18,7 @@ MEANS = np.array([[-1.0, 0.5], [1.0, 0.0], [0.2, 1.0]])
 DENOISE = oracle.mixture(SCHEDULE, MEANS, 0.05)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", pytest.param("x_0", marks=pytest.mark.slow), "v"])
 def test_step_errors_against_loops(prediction):
     a = reference.alpha_bar_linear(40, 0.001, 0.3)
     x_T = np.random.default_rng(0).normal(size=(6, 2))
