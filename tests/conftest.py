@@ -85,7 +85,16 @@ def pytest_runtest_call(item):
 
 
 # Pages whose examples train or draw with several programs. What they show has its quick tests.
-LONG_PAGES = {"evaluation.md", "how-do-i.md", "latents.md", "training.md"}
+LONG_PAGES = {
+    "discrete.md",
+    "evaluation.md",
+    "guidance.md",
+    "how-do-i.md",
+    "latents.md",
+    "sampling.md",
+    "solvers.md",
+    "training.md",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -195,6 +195,7 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
         train(tmp_path, dataset=other, resume="must")
 
 
+@pytest.mark.slow
 def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path, one_device):
     facts = to_facts(TEN, OBLONG)
     learns_v = make_config(num_updates=1, prediction="v")
