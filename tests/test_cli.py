@@ -627,6 +627,7 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
     assert ddim.load_model("m.safetensors").prediction.kind == "v"
 
 
+@pytest.mark.slow
 def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path):
     model = tiny(channels=64, num_classes=3)  # in groups of one channel a label would be lost
     model.params["label_embedding"] *= 10  # or random weights hardly see it

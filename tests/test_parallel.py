@@ -204,7 +204,8 @@ def losses_of(directory):
     return np.array([[line["step"], line["loss"], line["grad_norm"]] for line in lines])
 
 
-@pytest.mark.parametrize("resumed_by", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resumed_by", [1, 2])
 def test_two_processes_are_one_run_stopped_and_resumed(tmp_path, resumed_by):
     train = {"batch_size": 16, "num_updates": 20, "log_every": 1, "checkpoint_every": 5,
              "warmup_steps": 5, "sample_every": 0}  # fmt: skip
