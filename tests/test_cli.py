@@ -144,7 +144,7 @@ def test_sample_as_a_diffusers_folder_says(command, tmp_path):
     folder = write_folder(tmp_path / "theirs", scheduler=scheduler)
     draw = "sample theirs --num-images 2 --steps 3 --batch-size 2"
     assert "drawn by ddim, and not as theirs says itself: --as-stored does" in command(draw)
-    with pytest.raises(SystemExit, match="novel is unknown; .*make_sampler"):
+    with pytest.raises(SystemExit, match="novel is unknown; .*make_sampler.*without --as-stored"):
         command(f"{draw} --as-stored")
     del scheduler["novel"]
     (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
@@ -165,6 +165,8 @@ def test_sample_as_a_diffusers_folder_says(command, tmp_path):
         SystemExit, match="digits does not say how it is sampled: leave out --as-st"
     ):
         command("sample digits --as-stored --out other.png")
+    exported = command("export theirs t.stablehlo --steps 1 --platforms cpu")
+    assert "drawn by ddim, and not as theirs says itself" in exported
     drawn = command("generate theirs --out set --num-images 2 --batch-size 2 --steps 3 --as-stored")
     assert "set: 2 images, S = 3, as stored, seed 0" in drawn
     settings = json.loads((tmp_path / "set" / "settings.json").read_text())

@@ -107,6 +107,15 @@ def test_containers(tmp_path, what):
     assert {name: model.facts[name] for name in facts} == facts
 
 
+@pytest.mark.parametrize("choice", [{"ema": False}, {"part": "state_dict.net"}])
+def test_buffers_beside_two_networks_are_named_whatever_is_chosen(choice):
+    two = {"state_dict": {**under("net"), **under("net_ema", EMA), **BUFFERS}}
+    with pytest.raises(ValueError, match="named net or net_ema.*lie beside: betas.*--ignore betas"):
+        find_state(two, **choice)
+    got, _ = find_state(two, **choice, ignore=("betas", "sqrt_*"))
+    assert_same(got, STATE)
+
+
 @pytest.mark.parametrize("names", ["the DDIM authors", "diffusers"])
 def test_plain_safetensors(tmp_path, names):
     """Of half precision, with a prefix, beside nothing; and a network told by its config.json."""

@@ -16,8 +16,10 @@ from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights import load_model, save_diffusers, to_facts
 from ddim_jax.weights.diffusers_config import unet_config, unet_settings
-from ddim_jax.weights.diffusers_format import diffusers_name
+from ddim_jax.weights.diffusers_format import check_settings, diffusers_name, write_diffusers
 from ddim_jax.weights.diffusers_scheduler import schedule_config, scheduler_settings
+from ddim_jax.weights.model import stored
+from ddim_jax.weights.openai_config import respaced
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import pseudo_weights, torch_writer
 from tests.tiny import UNET as TINY
@@ -233,6 +235,37 @@ def test_networks_that_diffusers_has_not():
         unet_settings(mixed)
 
 
+def test_a_scheduler_that_is_not_read_stands_in_no_way(tmp_path):
+    folder = write_folder(tmp_path / "model", scheduler={"_class_name": "OurScheduler"})
+    with pytest.raises(ValueError, match="OurScheduler.*give schedule and prediction, --schedule"):
+        load_model(folder)
+    with pytest.raises(ValueError, match="OurScheduler"):  # its prediction type is not guessed
+        load_model(folder, schedule=ScheduleConfig())
+    model = load_model(folder, schedule=ScheduleConfig(), prediction="v")
+    assert model.prediction.kind == "v"
+    assert "sampling" not in model.facts
+    check_settings(folder, scheduled=True)  # of the Hub, before the weights are fetched
+
+
+def test_another_size_stands_for_one_that_does_not_fit(tmp_path):
+    folder = write_folder(tmp_path / "model", {**unet_settings(TINY), "sample_size": 9})
+    with pytest.raises(ValueError, match="got 9"):
+        check_settings(folder)
+    check_settings(folder, image_size=8)
+    assert load_model(folder, image_size=8, schedule=ScheduleConfig()).config == TINY
+
+
+def test_a_learned_variance_is_written_for_the_scheduler_that_takes_it(tmp_path):
+    config = dataclasses.replace(TINY, out_channels=6)
+    params = unet.build(config, jax.random.key(0))[1]
+    write_diffusers(tmp_path / "out", params, config, ScheduleConfig(), "eps", {})
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert (index["_class_name"], index["scheduler"][1]) == ("DDPMPipeline", "DDPMScheduler")
+    model = load_model(tmp_path / "out")
+    assert model.facts["sampling"]["variance_type"] == "learned_range"
+    np.testing.assert_array_equal(stored(model, 7).tau, respaced(1000, "7"))  # OpenAI's own τ
+
+
 def test_a_folder_without_scheduler(tmp_path):
     folder = write_folder(tmp_path / "a", scheduler=None)
     with pytest.raises(ValueError, match="holds no noise schedule: pass schedule="):
@@ -271,7 +304,7 @@ def test_a_folder_without_scheduler(tmp_path):
         ({"class_embed_type": "projection"}, "class_embed_type is 'projection'"),
         ({"num_class_embeds": -1}, "num_class_embeds is -1"),
         ({"out_channels": None}, "out_channels is None"),
-        ({"sample_size": None}, "sample_size is null: pass image_size"),
+        ({"sample_size": None}, "sample_size is null: pass image_size, --image-size"),
         ({"sample_size": [8]}, r"sample_size is \[8\], a side or \[H, W\]"),
         ({"sample_size": "8"}, "sample_size is '8', a side"),
         ({"sample_size": [8, 9]}, "multiple of 2"),

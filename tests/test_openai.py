@@ -26,7 +26,7 @@ from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights.classifier import classifier_name, load_classifier, read_classifier
 from ddim_jax.weights.model import network_of, stored
 from ddim_jax.weights.openai_config import respaced, schedule_of, unet_of
-from ddim_jax.weights.openai_flags import DEFAULTS, check_flags
+from ddim_jax.weights.openai_flags import DEFAULTS, check_flags, read_flags
 from ddim_jax.weights.openai_format import openai_name, read_openai, shapes_say
 from ddim_jax.weights.openai_published import CLASSIFIERS as PUBLISHED_CLASSIFIERS
 from ddim_jax.weights.openai_published import PUBLISHED
@@ -467,3 +467,8 @@ def test_a_diffusion_model_is_no_classifier_and_labels_are_checked(folder):
             classifier.log_prob(np.array(labels))
     with pytest.raises(ValueError, match="labels of 1 images and 2"):
         classifier.log_prob(np.array([1]))(jnp.ones((2, 8, 8, 3)), jnp.array([1, 1]))
+
+
+def test_a_command_line_with_equals_signs():
+    said = read_flags("--image_size=64 --attention_resolutions 16,8 --learn_sigma=True")
+    assert said == {"image_size": "64", "attention_resolutions": "16,8", "learn_sigma": "True"}

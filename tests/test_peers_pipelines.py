@@ -103,6 +103,8 @@ TOLERANCE = 2e-4
         (DPM, {"rescale_betas_zero_snr": True, **V}, 8, None),
         (DPM, {"euler_at_final": True, "solver_order": 3, "steps_offset": 1}, 16, None),
         (DPM, {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"}, 8, None),
+        (DPM, {"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"}, 1, None),
+        (DPM, {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, 1, None),
         (UNIPC, {"use_karras_sigmas": True, "solver_order": 3, **TRAINED}, 8, None),
         (UNIPC, {**ZERO, **V}, 8, None),
         (EULER, {}, 10, None),

@@ -317,9 +317,10 @@ NAN = np.full((32,), np.nan, np.float32)
 EVIL = torch_writer.Call("posix", "system", "touch pwned")
 FOREIGN = {"layer1.0.conv1.weight": np.zeros((4, 4, 3, 3)), "fc.bias": np.zeros(4)}
 RAGGED = with_(down__1__block__0__conv1__weight=np.zeros((48, 32, 3, 3), np.float32))
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 BAD = {
     "a.ckpt: empty": (lambda: b"", SIZED, "begins like neither"),
-    "a.ckpt: text": (lambda: b"<html>404</html>", SIZED, "begins like neither"),
+    "a.ckpt: text": (lambda: b"<html>404</html>", SIZED, "a web page, as of a download"),
     "a.ckpt: runs a command": (torch(EVIL), SIZED, "posix.system, which is not plain data"),
     "a.ckpt: list that runs one": (
         torch([STATE, EVIL, 1, 2, EMA]), SIZED, "posix.system, which is not plain data"),
@@ -364,6 +365,12 @@ BAD = {
     "a.ckpt: step": (torch(STATE), {**SIZED, "step": 5}, "step=5 is for a run folder"),
     "a.ckpt: bad schedule": (
         torch(STATE), {**SIZED, "schedule": ScheduleConfig("linear", 10, 0.5, 0.1)}, "beta_start"),
+    "a.ckpt: words": (lambda: b"hello", SIZED, "begins like neither"),
+    "a.ckpt: pointer": (lambda: POINTER, SIZED, "a.ckpt.*pointer of Git LFS.*git lfs pull"),
+    "a.safetensors: pointer": (lambda: POINTER, SIZED, "a.safetensors.*pointer of Git LFS"),
+    "a.safetensors: web page": (
+        lambda: b"\n<!DOCTYPE html><html>404</html>", SIZED, "a web page.*download it again"),
+    "config.json: settings": (lambda: b"{}", {}, "is settings, not weights: name the folder"),
     "a.safetensors: empty": (lambda: b"", {}, "not an intact safetensors file"),
     "a.safetensors: huge header": (
         lambda: struct.pack("<Q", 2**60) + b"{}", {}, "not an intact safetensors file"),

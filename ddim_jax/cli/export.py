@@ -13,6 +13,7 @@ from ddim_jax.cli.options import Sampling, SourceOptions, Way, check_writable
 from ddim_jax.generation.artifact import SUFFIX, export_sampler
 from ddim_jax.networks.unet import count_params
 from ddim_jax.weights import Model, hub, save_diffusers, save_model
+from ddim_jax.weights.model import SAYING_HOW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,11 @@ def export(
         )
     loaded = source.load(model)
     if whole:
+        if loaded.facts.keys() & SAYING_HOW:
+            print(
+                f"drawn by {program.method}, and not as {model} says itself: sample and generate "
+                "do that, by --as-stored"
+            )
         _write_sampler(loaded, out, program, float16, overwrite)
         return
     if diffusers:

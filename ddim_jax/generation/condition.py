@@ -111,7 +111,7 @@ def check_none(model: Model, guidance: bool) -> None:
     if guidance and not _has_none(model):
         raise ValueError(
             "guidance leads away from images without a class, of which this network knows none "
-            "(null_label=False): leave it out"
+            "(null_label=False): leave it out (of an exported sampler, --no-guidance)"
         )
 
 

@@ -50,6 +50,25 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
 
 
+def stand_in(path: str | os.PathLike[str]) -> str:
+    """What lies there in place of a file's content, and what to do; "" if it is nothing known.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.NamedTemporaryFile() as file:
+      ...     _ = file.write(b"version https://git-lfs.github.com/spec/v1"), file.flush()
+      ...     stand_in(file.name)
+      'it is a pointer of Git LFS to the content, which git lfs pull there fetches'
+    """
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS to the content, which git lfs pull there fetches"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, as of a download that failed: download it again"
+    return ""
+
+
 def portable(word: str) -> str:
     """A word of a command line without the folders of this machine, to be written into results.
 

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ddim_jax.storage.files import write_whole
+from ddim_jax.storage.files import stand_in, write_whole
 
 HEADER_KEY = "ddim_jax"
 FORMAT = 1
@@ -126,7 +126,9 @@ def _opened(path: pathlib.Path, read: Callable[[Any], T]) -> T:
         with safetensors.safe_open(path, "np") as file:
             return read(file)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not an intact safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not an intact safetensors file: {stand_in(path) or error}"
+        ) from error
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:

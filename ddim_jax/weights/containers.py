@@ -84,6 +84,8 @@ def find_state(
             raise ValueError(f"ignore={pattern!r}, but no tensor has such a name")
     if not parts:
         raise ValueError(f"it holds {_described(checkpoint)} where a state dict belongs")
+    if len(parts) == 1:  # before a word on the choice, as there may be several in it
+        _check_one_network(*parts.values())
     name = _chosen(parts, averaged, ema, part)
     _check_one_network(parts[name])
     kind = "moving average" if name in averaged else "last" if len(parts) > 1 else "as stored"

@@ -45,7 +45,9 @@ def unet_config(
     size = said["sample_size"] if image_size is None else image_size
     sides: Any = [size, size] if type(size) is int else size
     if size is None:
-        problems.append("sample_size is null: pass image_size, a side in pixels or (H, W)")
+        problems.append(
+            "sample_size is null: pass image_size, --image-size, a side in pixels or (H, W)"
+        )
     elif not are_counts(sides) or len(sides) != 2:
         problems.append(f"sample_size is {reprlib.repr(size)}, a side or [H, W] is needed")
     labels = said["num_class_embeds"]

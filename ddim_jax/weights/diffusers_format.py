@@ -22,11 +22,7 @@ from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_config import unet_config, unet_settings
 from ddim_jax.weights.diffusers_files import STEM, choose, read_tensors, weights_file
-from ddim_jax.weights.diffusers_scheduler import (
-    sampling_facts,
-    schedule_config,
-    whole_scheduler,
-)
+from ddim_jax.weights.diffusers_scheduler import sampling_facts, schedule_config, whole_scheduler
 from ddim_jax.weights.state_dict import from_state_dict, to_state_dict
 
 FACTS = "ddim_jax_facts"  # in the header of the weights that we write
@@ -57,6 +53,8 @@ AVERAGE = (  # what diffusers' EMAModel adds to config.json
     *("decay", "min_decay", "optimization_step", "update_after_step"),
     *("use_ema_warmup", "inv_gamma", "power"),
 )
+# Of a learned variance, which DDIMScheduler does not take: as OpenAI draw.
+LEARNED = {"variance_type": "learned_range", "timestep_spacing": "linspace"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -75,17 +73,19 @@ def is_diffusers_weights(path: pathlib.Path) -> bool:
     return weights_file(path.name) is not None and (path.parent / "config.json").is_file()
 
 
-def check_settings(path: pathlib.Path) -> None:
+def check_settings(
+    path: pathlib.Path, image_size: int | tuple[int, int] | None = None, scheduled: bool = False
+) -> None:
     """Refuses a network by its settings alone, before its weights are there.
 
     Args:
       path: the folder, as `read_diffusers` takes it, or the file in it that the weights will be.
+      image_size, scheduled: see `read_diffusers`.
     """
     folder = path if path.is_dir() else path.parent
     settings, _ = _network_settings(_network_folder(folder))
-    unet_config(settings, image_size=settings.get("sample_size") or 512)  # any: it may be given
-    if scheduler := _scheduler(folder):
-        schedule_config(scheduler)
+    unet_config(settings, image_size=image_size or settings.get("sample_size") or 512)  # any
+    _told(folder, scheduled)
 
 
 def read_diffusers(
@@ -95,6 +95,7 @@ def read_diffusers(
     ignore: Collection[str] = (),
     image_size: int | tuple[int, int] | None = None,
     ema: bool = True,
+    scheduled: bool = False,
 ) -> Contents:
     """Reads a `UNet2DModel` folder, or a pipeline folder with unet/ and scheduler/ in it.
 
@@ -106,6 +107,8 @@ def read_diffusers(
       ignore: names of tensors to leave out.
       image_size: a side or (H, W), in place of sample_size, which may be null.
       ema: of a checkpoint of diffusers' training script, unet_ema/ in place of unet/.
+      scheduled: whether schedule and prediction are known, so that a scheduler which is not read
+        does no harm.
 
     Returns:
       `Contents`; the facts hold the scheduler's settings for sampling, "clip_sample" for one.
@@ -121,10 +124,10 @@ def read_diffusers(
     config = unet_config(settings, num_classes, image_size)
     params = from_state_dict(state, config, lambda name: diffusers_name(name, config))
     facts = {"source": "diffusers", **facts, **({"weights": "moving average"} if average else {})}
-    scheduler = _scheduler(folder)
-    if scheduler is None:
+    told = _told(folder, scheduled)
+    if told is None:
         return Contents(params, config, None, "eps", facts)
-    schedule, prediction = schedule_config(scheduler)
+    scheduler, schedule, prediction = told
     index = _outer(folder) / "model_index.json"
     pipeline = read_json(index).get("_class_name") if index.is_file() else None
     facts["sampling"] = sampling_facts(scheduler, pipeline)
@@ -148,7 +151,8 @@ def write_diffusers(
       schedule: the noise schedule.
       prediction: "eps", "x_0" or "v".
       facts: provenance, kept in the header of the weights; "sampling" in it, as `read_diffusers`
-        gives it, goes to the scheduler; else that is `DDIMScheduler` without clipping.
+        gives it, goes to the scheduler; else that is `DDIMScheduler` without clipping, or, of a
+        learned variance, `DDPMScheduler`.
 
     Raises:
       FileExistsError: the folder holds something.
@@ -161,7 +165,9 @@ def write_diffusers(
         diffusers_name(name, config): array[:, :, 0, 0] if _is_linear(name) else array
         for name, array in to_state_dict(params).items()
     }
-    pipeline, scheduler = whole_scheduler(facts.get("sampling"), schedule, prediction)
+    twice = config.out_channels == 2 * config.in_channels
+    usual = {"_class_name": "DDPMScheduler", **LEARNED} if twice else None
+    pipeline, scheduler = whole_scheduler(facts.get("sampling", usual), schedule, prediction)
     index = {
         "_class_name": pipeline,
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -238,6 +244,20 @@ def _scheduler(folder: pathlib.Path) -> dict[str, Any] | None:
         if (place / "scheduler_config.json").is_file():
             return read_json(place / "scheduler_config.json")
     return None
+
+
+def _told(
+    folder: pathlib.Path, scheduled: bool
+) -> tuple[dict[str, Any], ScheduleConfig, str] | None:
+    """Scheduler, schedule and prediction; None where no scheduler is there, or is needed."""
+    scheduler = _scheduler(folder)
+    try:
+        return None if scheduler is None else (scheduler, *schedule_config(scheduler))
+    except ValueError as error:
+        if scheduled:
+            return None
+        without = "; to load without it, give schedule and prediction, --schedule and --prediction"
+        raise ValueError(f"{error}{without}") from error
 
 
 def _network_settings(folder: pathlib.Path) -> tuple[dict[str, Any], bool]:

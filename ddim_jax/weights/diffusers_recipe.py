@@ -99,7 +99,11 @@ def recipe(
     )
 
 
-_refuse = partial(refuse, advice="; ddim_jax.make_sampler(model, tau, method=...) draws without it")
+_refuse = partial(
+    refuse,
+    advice="; ddim_jax.make_sampler(model, tau, method=...) draws without it, "
+    "and a command without --as-stored",
+)
 
 
 def _contradictions(
@@ -163,7 +167,8 @@ def _method(name: str, value: Mapping[str, Any], eta: float) -> Method:
         return pndm(not value["skip_prk_steps"], to_one=value["set_alpha_to_one"])
     spread = karras if value.get("use_karras_sigmas") else None
     spread = lu if value.get("use_lu_lambdas") and not spread else spread
-    end = "zero" if value.get("final_sigmas_type") == "zero" else "same" if spread else "first"
+    first = not spread or name == "DPMSolverMultistepScheduler"  # the others end where they are
+    end = "zero" if value.get("final_sigmas_type") == "zero" else "first" if first else "same"
     if name == "EulerDiscreteScheduler":
         return solver(multistep(1), end=end)
     order, short = value["solver_order"], value["lower_order_final"]

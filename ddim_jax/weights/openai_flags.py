@@ -67,7 +67,7 @@ def read_flags(flags: Flags) -> dict[str, Any]:
         return dict(flags)
     text = os.fspath(flags)
     if text.lstrip().startswith("--"):
-        words = shlex.split(text)
+        words = [w for word in shlex.split(text) for w in word.split("=", word.startswith("--"))]
         if len(words) % 2 or any(not word.startswith("--") for word in words[::2]):
             raise ValueError(f"flags are pairs, --image_size 64 --learn_sigma True …; got {text!r}")
         return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}

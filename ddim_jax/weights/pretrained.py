@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -113,10 +114,12 @@ def load_model(
         config, image_size, schedule = _network(config, image_size, schedule)
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "filename": filename}
     place |= {"token": token, "cache_dir": cache_dir}
-    fetched = _fetch(source, variant, {k: v for k, v in place.items() if v is not None})
+    scheduled = schedule is not None and prediction is not None
+    check = partial(check_settings, image_size=image_size, scheduled=scheduled)
+    fetched = _fetch(source, variant, {k: v for k, v in place.items() if v is not None}, check)
     path = fetched.path if fetched else _find(source)
     leave = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    choices = _Choices(step, ema, config, image_size, part, variant, leave, flags)
+    choices = _Choices(step, ema, config, image_size, part, variant, leave, flags, scheduled)
     kind = _kind(path)
     choices.check(path, kind)
     try:
@@ -167,6 +170,7 @@ class _Choices(NamedTuple):
     variant: str | None
     ignore: tuple[str, ...]
     flags: Flags | None
+    scheduled: bool  # schedule and prediction are both given
 
     def check(self, path: pathlib.Path, kind: str) -> None:
         """Refuses a choice that this kind of file does not have, and two of one thing."""
@@ -201,12 +205,15 @@ def _network(
 
 
 def _fetch(
-    source: str | os.PathLike[str], variant: str | None, place: dict[str, Any]
+    source: str | os.PathLike[str],
+    variant: str | None,
+    place: dict[str, Any],
+    check: Callable[[pathlib.Path], None],
 ) -> hub.Fetched | None:
     """The model of the Hub, if it is one."""
     shipped = isinstance(source, str) and (SHIPPED / f"{source}.safetensors").is_file()
     if not shipped and hub.is_hub_name(source):
-        return hub.fetch(str(source), variant=variant, check=check_settings, **place)
+        return hub.fetch(str(source), variant=variant, check=check, **place)
     if place:
         raise ValueError(
             f"{', '.join(place)}: of models on the Hub, org/name; {str(source)!r} is none"
@@ -235,6 +242,8 @@ def _kind(path: pathlib.Path) -> str:
         return "run folder" if (path / "checkpoints").is_dir() else "diffusers folder"
     if is_diffusers_weights(path):
         return "diffusers folder"
+    if path.suffix == ".json":
+        raise ValueError(f"{path} is settings, not weights: name the folder that both lie in")
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin") or is_torch_file(path):
         return FOREIGN[0]
     return "file of save_model" if is_ours(path) else FOREIGN[1]
@@ -246,9 +255,8 @@ def _read(path: pathlib.Path, kind: str, choices: _Choices) -> Contents:
         return _read_run(path / "checkpoints", choices.step, part, choices.config)
     if kind == "diffusers folder":
         folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-        return read_diffusers(
-            folder, choices.variant, file, choices.ignore, choices.image_size, choices.ema
-        )
+        how = choices.image_size, choices.ema, choices.scheduled
+        return read_diffusers(folder, choices.variant, file, choices.ignore, *how)
     if kind not in FOREIGN:
         return _ours(*load_weights(path))
     torch = kind == FOREIGN[0]

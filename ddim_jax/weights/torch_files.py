@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ddim_jax.storage.files import stand_in
 from ddim_jax.weights.torch_pickle import ForeignObject, Storage, a, unpickle
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
@@ -63,7 +64,9 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
             return _load_legacy(path)
         if head.startswith(ZIP_HEAD):
             return _load_zip(path)
-        raise ValueError("it begins like neither of the two formats of torch.save")
+        raise ValueError(
+            stand_in(path) or "it begins like neither of the two formats of torch.save"
+        )
     except ForeignObject as error:
         hint = CLEAN.format(path=str(path))
         raise ValueError(
