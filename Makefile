@@ -1,6 +1,6 @@
 # make demo   train on the bundled digits and draw: demo/index.html
 # make test   every test that takes seconds, and the linters; the same examples everywhere
-# make test-all   the long tests too, and fresh examples from a SEED that it draws and prints
+# make test-all   the long tests and pages too, and fresh examples from a SEED that it draws and prints
 # make docs   the site, strictly: site/index.html
 # make wheel  what would be released: built, its contents checked, tried alone in a clean venv
 # make paper  every table and figure of the paper, small: results/report.html (15 to 20 minutes)

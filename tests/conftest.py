@@ -84,6 +84,26 @@ def pytest_runtest_call(item):
         return (yield)
 
 
+# Pages whose examples train or draw with several programs. What they show has its quick tests.
+LONG_PAGES = {
+    "discrete.md",
+    "evaluation.md",
+    "guidance.md",
+    "how-do-i.md",
+    "latents.md",
+    "sampling.md",
+    "solvers.md",
+    "training.md",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.path.name in LONG_PAGES:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config):
     # An entry that a killed process left half written is compiled again, and is no failure.
     config.addinivalue_line(

@@ -19,6 +19,7 @@ def no_torch(monkeypatch):
     monkeypatch.setattr(peers, "missing", lambda *_: "torch is not installed")
 
 
+@pytest.mark.slow
 def test_sampling_says_what_ran_and_what_did_not(tmp_path, capsys):
     path = tmp_path / "sampling.json"
     sampling.main([*WORDS, "--steps", "2", "--json", str(path)])

@@ -85,6 +85,7 @@ def test_uniform_x_T_costs_at_most_the_signal_left_at_T():
         assert error < d * left * (1 - 1 / K) + 1e-6
 
 
+@pytest.mark.slow
 def test_dependent_variables_are_approximated_better_by_more_steps():
     """Error O(step size) for σ_max at every η; σ = 0 redraws all at once and keeps its error."""
     schedule = ddim.schedule_from_alpha_bar(np.linspace(1, 0, 257))
@@ -136,7 +137,7 @@ def compiled(dependent):
 
 
 @pytest.mark.parametrize("eta", ETAS)
-@pytest.mark.parametrize("size", [1, 4, 12])
+@pytest.mark.parametrize("size", [4, *(pytest.param(S, marks=pytest.mark.slow) for S in (1, 12))])
 def test_draws_have_the_data_distribution_within_sampling_error(size, eta, key):
     counts = compiled(False)(key, ddim.timesteps(12, size), eta)
     assert abs(chi_square_excess(counts, INDEPENDENT.ravel())) < 5

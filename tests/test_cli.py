@@ -56,6 +56,26 @@ TUNE = f"--train.batch-size 8 --train.sample-every 0 {OFTEN}"
 SHORT = f"{SMALL} {OFTEN}"
 
 
+SMALLEST = f"{SHORT} --model.num-blocks 1 --train.sample-every 0"
+
+
+def test_train_then_sample(command, tmp_path):
+    """The quick part of what follows."""
+    said = command(f"train digits --out run {SMALLEST} --train.num-updates 2")
+    assert "1,797 images" in said
+    with pytest.raises(SystemExit, match="already holds a run; resume it"):
+        command(f"train digits --out run {SMALLEST} --train.num-updates 4")
+    with pytest.raises(SystemExit, match=r"train.learning_rate: saved 0.003, now 0.5"):
+        command(f"train digits --out run --resume must {SMALLEST} --train.learning-rate 0.5")
+    said = command("info run --verify")
+    assert said.count("every digest matches") == 1
+    assert "preset: digits" in said
+    command("sample run --num-images 3 --steps 2 --out drawn.png")
+    with Image.open("drawn.png") as image:
+        assert json.loads(image.text["ddim_jax"])["model"] == "run"
+
+
+@pytest.mark.slow
 def test_train_resume_sample_info(command, tmp_path):
     said = command(f"train digits --out run {SHORT} --train.num-updates 2")
     assert "1,797 images" in said
@@ -97,7 +117,6 @@ def test_sample_the_shipped_model(command, tmp_path):
     path = tmp_path / "digits-S4-eta0.5-seed0.png"
     with Image.open(path) as image:
         facts = json.loads(image.text["ddim_jax"])
-        pixels = np.asarray(image)
     assert facts == {
         **{"model": "digits", "steps": 4, "eta": 0.5, "spacing": "linear"},
         **{"method": "ddim", "tau": None, "clip": False, "seed": 0},
@@ -106,6 +125,14 @@ def test_sample_the_shipped_model(command, tmp_path):
     }
     with pytest.raises(SystemExit, match="exists; choose another --out, or pass --overwrite"):
         command("sample digits --num-images 5 --steps 4 --eta 0.5")
+
+
+@pytest.mark.slow
+def test_another_batch_size_draws_the_same_and_any_method(command, tmp_path):
+    path = tmp_path / "digits-S4-eta0.5-seed0.png"
+    command("sample digits --num-images 5 --steps 4 --batch-size 2 --eta 0.5")
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
     command("sample digits --num-images 5 --steps 4 --eta 0.5 --batch-size 5 --overwrite")
     with Image.open(path) as image:  # another batch size, the same images
         assert np.abs(np.asarray(image).astype(int) - pixels).max() <= 1
@@ -150,6 +177,7 @@ def test_sample_as_a_diffusers_folder_says(command, tmp_path):
     np.testing.assert_array_equal(grid(shard, scale=8), tile)
 
 
+@pytest.mark.slow
 def test_fine_tune_a_saved_model_with_classes(command, tmp_path):
     network = unet.UNetConfig(8, 1, 32, (1,), num_blocks=1, attention_resolutions=())
     facts = to_facts(ScheduleConfig("cosine", 10), network, "x_0")
@@ -172,6 +200,7 @@ def test_fine_tune_a_saved_model_with_classes(command, tmp_path):
     assert load_model(tmp_path / "tuned").config.num_classes == 10
 
 
+@pytest.mark.slow
 def test_images_of_ones_own_for_some_minutes(command, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "time_update", lambda *_: 0.125)
     small = "--model.multipliers 1 --train.batch-size 8 --train.sample-every 0"
@@ -409,7 +438,7 @@ def test_a_signal_ends_the_command_with_its_own_code(command, tmp_path, monkeypa
 
     monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
     with pytest.raises(SystemExit) as stop:
-        command(f"train digits --out run {SHORT} --train.num-updates 6")
+        command(f"train digits --out run {SMALLEST} --train.num-updates 6")
     assert stop.value.code == 75
     assert "stopped by a signal at step 3, saved in run" in capsys.readouterr().err
     assert saved_steps(tmp_path / "run" / "checkpoints")[-1] == 3
@@ -445,6 +474,19 @@ def test_generate_many_images(command, tmp_path, monkeypatch):
     assert [len(shard) for shard in iter_shards("many")] == [4, 4, 4, 2]
 
 
+def test_names_of_the_users_own(command, tmp_path, monkeypatch):
+    """A data set and a method of a file of the user's; preset and extractor in what follows."""
+    (tmp_path / "its_own.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = command("train digits --dry-run --data.name its_own:squares")
+    assert "100 images" in said
+    ddim.save_model("m.safetensors", tiny())
+    command("sample m.safetensors --steps 3 --num-images 2 --method its_own:early --out a.png")
+    with Image.open("a.png") as image:
+        assert json.loads(image.text["ddim_jax"])["method"] == "its_own:early"
+
+
+@pytest.mark.slow
 def test_what_a_user_adds_goes_by_its_name(tmp_path):
     """A method, a data set, an extractor and a preset in one file of the user's, in one process."""
     (tmp_path / "mine.py").write_text(MINE)
@@ -587,6 +629,7 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
     assert ddim.load_model("m.safetensors").prediction.kind == "v"
 
 
+@pytest.mark.slow
 def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path):
     model = tiny(channels=64, num_classes=3)  # in groups of one channel a label would be lost
     model.params["label_embedding"] *= 10  # or random weights hardly see it

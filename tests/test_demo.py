@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from ddim_jax.data import Dataset, load
 from ddim_jax.networks.unet import abstract_params, count_params
 from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import load_model
+from tests.conftest import on_one_device
 
 
 def score(num_images, steps, name="digits"):
@@ -19,6 +21,7 @@ def score(num_images, steps, name="digits"):
     return demo.score(images, load("digits"))
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_good():
     """A perfect sampler would score 0.5 with so few samples."""
     assert score(300, steps=20) <= 0.8
@@ -44,17 +47,24 @@ def test_the_floor_is_what_a_perfect_sampler_scores():
     np.testing.assert_allclose(demo.floor_of(data, 400), variance * (4 + 4 * 5 / 4) / 400, rtol=0.3)
 
 
-def test_demo_makes_its_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "STEPS", (2, 3))
-    preset = demo.digits()
-    small = dataclasses.replace(preset.model, multipliers=(1,))
-    monkeypatch.setattr(demo, "digits", lambda: dataclasses.replace(preset, model=small))
-    parameters = count_params(abstract_params(small))
-    out = tmp_path / "demo"
-    said = []
-    page = demo.run(out, num_updates=3, num_images=12, say=said.append)
-    names = {path.name for path in out.iterdir()}
-    assert names == {
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a demo of few steps with a small network, and what it said."""
+    preset, said = demo.digits(), []
+    small = dataclasses.replace(
+        preset.model, multipliers=(1,), num_blocks=1, attention_resolutions=()
+    )
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "STEPS", (2, 3))
+        patch.setattr(demo, "digits", lambda: dataclasses.replace(preset, model=small))
+        demo.run(out, num_updates=3, num_images=12, say=said.append)
+    return out, small, said
+
+
+def test_demo_makes_its_page(made):
+    out, small, said = made
+    assert {path.name for path in out.iterdir()} == {
         "index.html",
         "samples.png",
         "trajectory.png",
@@ -62,24 +72,33 @@ def test_demo_makes_its_page(tmp_path, monkeypatch):
         "results.json",
         "run",
     }
-    text = page.read_text()
+    text = (out / "index.html").read_text()
     assert text.count("data:image/png;base64,") == 2 * 2 + 1 + 2  # panels, real digits, figures
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     results = (out / "results.json").read_text()
-    assert str(tmp_path) not in results
+    assert str(out.parent) not in results
     results = json.loads(results)
     assert set(results["frechet_pixels"]) == {f"eta={e},S={s}" for e in (0, 1) for s in (2, 3)}
     assert all(f"{value:.3f}" in text for value in results["frechet_pixels"].values())
     assert f"{results['frechet_pixels_real']:.3f}" in text
+    parameters = count_params(abstract_params(small))
     assert any(f"training {parameters:,} parameters for 3 steps" in line for line in said)
-    assert load_model(out / "run").prediction.kind == preset.train.prediction
+    assert load_model(out / "run").prediction.kind == demo.digits().train.prediction
     assert read_metrics(out / "run" / "metrics.jsonl")[-1]["step"] == 3
     with pytest.raises(FileExistsError, match="finished demo"):
         demo.run(out)
-    commands = re.findall(r"<dt><code>ddim-jax (.*?)</code>", text)
-    assert len(commands) == 3
+    assert len(commands(out)) == 3
+
+
+def commands(out):
+    return re.findall(r"<dt><code>ddim-jax (.*?)</code>", (out / "index.html").read_text())
+
+
+@pytest.mark.slow
+def test_the_next_commands_run(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for command in commands:  # as typed, but that training would take minutes
+    os.symlink(made[0], "demo")
+    for command in commands(made[0]):  # as typed, but that training would take minutes
         dry = ["--dry-run"] if command.startswith("train") else []
         monkeypatch.setattr("sys.argv", ["ddim-jax", *command.split(), *dry])
         main()

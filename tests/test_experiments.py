@@ -138,6 +138,7 @@ def test_table1_has_a_floor_at_each_number_of_samples(results):
     assert floors[1]["distance"] == pytest.approx(frechet(images[some], images[::2]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_quad_takes_the_steps_that_the_authors_visit(tmp_path):
     words = "--spacing quad --steps 100 --eta 0 --num-images 4 --batch-size 4"
     result = table1.main([*words.split(), "--out", str(tmp_path / "quad")])

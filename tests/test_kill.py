@@ -71,6 +71,7 @@ def metrics(directory):
     return [[json.loads(line)[k] for k in ("step", "loss", "grad_norm")] for line in lines]
 
 
+@pytest.mark.slow
 def test_killed_once(tmp_path):
     check(tmp_path, 1, 24)
 

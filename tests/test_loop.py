@@ -111,7 +111,7 @@ def test_logged_values_are_means_over_the_interval(tmp_path):
     np.testing.assert_allclose(four[:, 1:], each[:, 1:].reshape(3, 4, 2).mean(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("killed_at", [2, 6, 10])
+@pytest.mark.parametrize("killed_at", [2, 6, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_unbroken_run(tmp_path, unbroken, killed_at):
     def kill(state, line):
         if line["step"] == killed_at:
@@ -195,6 +195,7 @@ def test_resuming_another_run_shows_the_differences(tmp_path):
         train(tmp_path, dataset=other, resume="must")
 
 
+@pytest.mark.slow
 def test_what_is_predicted_travels_with_the_run_and_stays(tmp_path, one_device):
     facts = to_facts(TEN, OBLONG)
     learns_v = make_config(num_updates=1, prediction="v")
@@ -359,8 +360,15 @@ def send_at(step, number):
     return lambda state, line: line["step"] == step and os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [2, 8])
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [
+        (signal.SIGTERM, 8),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_the_resumed_run_is_the_unbroken_run(tmp_path, number, at):
     config = make_config(num_updates=14, log_every=4 if at == 8 else 2)
     unbroken = train(tmp_path / "whole", config)

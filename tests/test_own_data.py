@@ -342,6 +342,7 @@ def run(directory, folder, updates, resume="never"):
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_resumes_to_the_bit_and_notices_changes(pictures, tmp_path, one_device):
     whole = run(tmp_path / "whole", pictures, 6)
     run(tmp_path / "parts", pictures, 3)

@@ -155,7 +155,11 @@ def test_parameter_names_and_shapes_are_the_authors():
     ("change", "height", "width"),
     [
         ({}, 8, 12),
-        ({"image_size": 4, "in_channels": 1, "num_blocks": 2, "attention_resolutions": ()}, 4, 4),
+        pytest.param(
+            {"image_size": 4, "in_channels": 1, "num_blocks": 2, "attention_resolutions": ()},
+            *(4, 4),
+            marks=pytest.mark.slow,
+        ),
         ({"image_size": 4, "in_channels": 5, "multipliers": (2, 1, 3), "num_classes": 4}, 8, 4),
     ],
     ids=["not-square", "no-attention", "three-levels-five-channels-labels"],
@@ -416,6 +420,7 @@ def test_weights_are_arguments_not_constants(tiny):
     assert len(text) < count_params(params)  # as constants they alone take 8 characters each
 
 
+@pytest.mark.slow
 def test_the_network_is_exported_for_any_number_of_images():
     config = dataclasses.replace(UNET, in_channels=1)
     apply_fn, params = build(config, jax.random.key(0))
