@@ -15,7 +15,7 @@ from PIL import Image
 
 import ddim_jax as ddim
 from ddim_jax import cli
-from ddim_jax.cli.options import Sampling, Spacing
+from ddim_jax.cli.ways import Sampling, Spacing
 from ddim_jax.generation.shards import iter_shards
 from ddim_jax.networks import unet
 from ddim_jax.networks.unet import abstract_params, count_params

@@ -18,8 +18,8 @@ from PIL import Image
 
 import ddim_jax as ddim
 from ddim_jax import cli
-from ddim_jax.cli.options import Sampling
 from ddim_jax.cli.sample import _kept, _shown
+from ddim_jax.cli.ways import Sampling
 from ddim_jax.data import load
 from ddim_jax.evaluation import frechet_distance, moments
 from ddim_jax.generation.condition import condition, name_of

@@ -7,24 +7,16 @@ import pathlib
 import shlex
 from typing import Literal
 
-import jax
 import tyro
 
-from ddim_jax.cli.options import (
-    ProcessOptions,
-    SourceOptions,
-    Spacing,
-    check_writable,
-)
-from ddim_jax.cli.runs import check_apart, tell
-from ddim_jax.pictures import plots
+from ddim_jax.cli.options import ProcessOptions, SourceOptions, check_writable
+from ddim_jax.cli.runs import check_apart, draw_loss, tell
+from ddim_jax.cli.ways import Spacing
 from ddim_jax.process import timesteps
-from ddim_jax.storage.files import write_whole
 from ddim_jax.training import distilling
 from ddim_jax.training.config import TrainConfig
-from ddim_jax.training.distilling import RECIPE, halvings
+from ddim_jax.training.distilling import RECIPE, halvings, stage_folder
 from ddim_jax.training.presets import DataConfig, learned_from
-from ddim_jax.training.run_folder import read_metrics
 
 
 def distill(
@@ -78,11 +70,9 @@ def distill(
     distilling.distill(
         teacher, tau, dataset, train, out, to=to, source=model, resume=resume, say=tell
     )
-    folders = [out / f"steps-{len(students)}" for students in ladder[1:]]
-    if jax.process_index() == 0:
-        for folder in folders:
-            curve = plots.png_bytes(plots.loss_curve(read_metrics(folder / "metrics.jsonl")))
-            write_whole(folder / "loss.png", curve)
+    folders = [stage_folder(out, students) for students in ladder[1:]]
+    for folder in folders:
+        draw_loss(folder)
     tell(f"done: {', '.join(map(str, folders))}; draw with: ddim-jax sample "
          f"{shlex.quote(str(folders[-1]))}")  # fmt: skip
 

@@ -12,14 +12,8 @@ import tyro
 from tqdm import tqdm
 
 from ddim_jax.cli.bits import Bits, BitsOptions, evaluate_bits
-from ddim_jax.cli.options import (
-    Classes,
-    ClassOptions,
-    Source,
-    SourceOptions,
-    check_writable,
-    file_name,
-)
+from ddim_jax.cli.options import Source, SourceOptions, check_writable
+from ddim_jax.cli.ways import Classes, ClassOptions, file_name
 from ddim_jax.data import of_classes
 from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure

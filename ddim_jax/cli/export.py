@@ -9,7 +9,8 @@ from typing import Literal, TypeAlias
 
 import tyro
 
-from ddim_jax.cli.options import Sampling, SourceOptions, Way, check_writable
+from ddim_jax.cli.options import SourceOptions, check_writable
+from ddim_jax.cli.ways import Sampling, Way
 from ddim_jax.generation.artifact import SUFFIX, export_sampler
 from ddim_jax.networks.unet import count_params
 from ddim_jax.weights import Model, hub, save_diffusers, save_model

@@ -6,7 +6,8 @@ import pathlib
 
 import tyro
 
-from ddim_jax.cli.options import DrawingOptions, ProcessOptions, SourceOptions, check_writable
+from ddim_jax.cli.options import ProcessOptions, SourceOptions, check_writable
+from ddim_jax.cli.ways import DrawingOptions
 from ddim_jax.generation import shards as module
 
 

@@ -13,14 +13,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ddim_jax.cli.options import (
-    DrawingOptions,
-    Sampling,
-    Source,
-    SourceOptions,
-    check_writable,
-    file_name,
-)
+from ddim_jax.cli.options import Source, SourceOptions, check_writable
+from ddim_jax.cli.ways import DrawingOptions, Sampling, file_name
 from ddim_jax.generation.condition import name_of
 from ddim_jax.generation.drawing import batches_of, make_drawer
 from ddim_jax.pictures.animation import SIDE, encode_animation

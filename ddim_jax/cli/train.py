@@ -14,17 +14,14 @@ import tyro
 
 from ddim_jax.arrays import import_name
 from ddim_jax.cli.options import ProcessOptions, Source, check_writable, describe
-from ddim_jax.cli.runs import check_apart, tell
+from ddim_jax.cli.runs import check_apart, draw_loss, tell
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import abstract_params, build, count_params
-from ddim_jax.pictures import plots
 from ddim_jax.storage.checkpoint import restore_config, saved_steps
-from ddim_jax.storage.files import write_whole
 from ddim_jax.training import fitting
 from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import PRESETS, Fitted, Preset
 from ddim_jax.training.resuming import check_run, check_same_run
-from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.training.starting import Start, check_same_start, facts_of_run, follow, start_from
 from ddim_jax.training.step import objective
 from ddim_jax.training.watching import PROJECT, check_wandb
@@ -135,9 +132,7 @@ def train(
         wandb=project,
         say=tell,
     )
-    if jax.process_index() == 0:
-        curve = plots.png_bytes(plots.loss_curve(read_metrics(out / "metrics.jsonl")))
-        write_whole(out / "loss.png", curve)
+    draw_loss(out)
     if dataset.skipped:
         tell(f"{len(dataset.skipped)} corrupt records were left out: {dataset.skipped[:20]}")
     tell(f"done: {out}/loss.png, {out}/samples; draw with: ddim-jax sample {shlex.quote(str(out))}")

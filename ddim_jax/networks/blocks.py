@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ddim_jax.networks.config import UNetConfig
+from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.networks.conv import conv
 
 ACTIVATIONS = {
@@ -233,6 +233,12 @@ def middle(c: int, config: UNetConfig) -> nnx.Dict:
 def rows(table: nnx.Param, index: jax.Array) -> jax.Array:
     """Unsigned, so that −1 is out of range too: NaN, no other row."""
     return table[...].at[index.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
+
+
+def split(make: Callable[[], nnx.Module]) -> tuple[Any, Params]:
+    """(graph, abstract parameters) of a network, without its memory: `nnx.merge` undoes it."""
+    graphdef, state = jax.eval_shape(lambda: nnx.split(make(), nnx.Param))
+    return graphdef, nnx.to_pure_dict(state)
 
 
 def numbered(modules: list[Any]) -> nnx.Dict:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ddim_jax.networks.blocks import GroupNorm, attention, dense
+from ddim_jax.networks.blocks import GroupNorm, attention, dense, split
 from ddim_jax.networks.config import Params, UNetConfig
 from ddim_jax.networks.inputs import check_inputs, check_params
 from ddim_jax.networks.unet import UNet
@@ -102,8 +102,7 @@ class Classifier(UNet):
 
 @functools.cache
 def _split(config: ClassifierConfig) -> tuple[Any, Params]:
-    graphdef, state = jax.eval_shape(lambda: nnx.split(Classifier(config), nnx.Param))
-    return graphdef, nnx.to_pure_dict(state)
+    return split(lambda: Classifier(config))
 
 
 def abstract_classifier(config: ClassifierConfig) -> Params:

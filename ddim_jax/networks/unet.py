@@ -24,6 +24,7 @@ from ddim_jax.networks.blocks import (
     middle,
     numbered,
     rows,
+    split,
     timestep_embedding,
     two_layers,
 )
@@ -169,8 +170,7 @@ class UNet(nnx.Module):
 
 @functools.cache
 def _split(config: UNetConfig) -> tuple[Any, Params]:
-    graphdef, state = jax.eval_shape(lambda: nnx.split(UNet(config), nnx.Param))
-    return graphdef, nnx.to_pure_dict(state)
+    return split(lambda: UNet(config))
 
 
 def abstract_params(config: UNetConfig) -> Params:

@@ -97,6 +97,16 @@ def halvings(tau: Sequence[int] | np.ndarray, num_steps: int, to: int = 1) -> li
     return ladder
 
 
+def stage_folder(directory: pathlib.Path, tau: np.ndarray) -> pathlib.Path:
+    """The run folder of the student of τ.
+
+    Example:
+      >>> stage_folder(pathlib.Path("few"), np.array([500, 1000])).as_posix()
+      'few/steps-2'
+    """
+    return directory / f"steps-{len(tau)}"
+
+
 def distill(
     model: Model,
     tau: Sequence[int] | np.ndarray,
@@ -141,7 +151,7 @@ def distill(
     """
     directory, schedule = pathlib.Path(directory), model.schedule
     ladder = halvings(tau, schedule.num_steps, to)
-    folders = [directory / f"steps-{len(students)}" for students in ladder[1:]]
+    folders = [stage_folder(directory, students) for students in ladder[1:]]
     config = dataclasses.replace(config, **_learned(model.prediction, config))
     model.prediction.check(coefficients(schedule, ladder[0], 0))
     if model.config.out_channels not in (None, model.config.in_channels):
