@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ddim_jax.pictures.images import grid
 from ddim_jax.pictures.plots import GREY, plt
@@ -105,6 +106,11 @@ def lines(
         axes.minorticks_off()
     if "y" in log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # then there is one power of ten at most
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 5, 6, 8)))
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
