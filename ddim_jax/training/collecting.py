@@ -25,9 +25,10 @@ def collect(
 ) -> int:
     """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one.
 
-    Takes and returns the number of updates skipped in a row.
+    They are (K,) of each call. Takes and returns the number of updates skipped in a row.
     """
-    fetched = jax.device_get(pending)  # waits for the devices
+    calls = jax.device_get(pending)  # waits for the devices
+    fetched = [dict(zip(call, values)) for call in calls for values in zip(*call.values())]
     for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
         values = {name: float(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
