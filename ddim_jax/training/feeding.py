@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -163,8 +164,13 @@ def make_steps(
             state, metrics = train_step(carry[0], taken(data, batch), loss)
             return (state, follow(carry[1], state.params, state.step)), metrics
 
-        unroll = jax.default_backend() == "cpu"
-        (state, kept), metrics = jax.lax.scan(one, (state, kept), batches, unroll=unroll)
-        return state, kept, metrics
+        if jax.default_backend() != "cpu":
+            (state, kept), metrics = jax.lax.scan(one, (state, kept), batches)
+            return state, kept, metrics
+        carry, rows = (state, kept), []  # XLA runs the gradient of a convolution slowly in a loop
+        for k in range(len(jax.tree.leaves(batches)[0])):
+            carry, row = one(carry, jax.tree.map(lambda v, k=k: v[k], batches))
+            rows.append(row)
+        return *carry, jax.tree.map(lambda *values: jnp.stack(values), *rows)
 
     return jax.jit(steps, donate_argnums=(0, 1))
