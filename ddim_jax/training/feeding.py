@@ -91,6 +91,7 @@ class Feed:
             process_count=jax.process_count(),
             num_threads=config.num_threads,
             num_workers=config.num_workers,
+            prefetch=2 * size if self._resident else 4,
             indices_only=self._resident,
         )
         b, n, shape = config.batch_size, len(dataset), dataset.image_shape

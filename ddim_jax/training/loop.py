@@ -7,7 +7,6 @@ so a resumed run is the unbroken run, bit for bit.
 from __future__ import annotations
 
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from ddim_jax.storage.checkpoint import (
     saved_steps,
 )
 from ddim_jax.training import averages, parallel
-from ddim_jax.training.collecting import collect, forecast, means
+from ddim_jax.training.collecting import Meter, collect, forecast
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.feeding import Feed, make_steps, steps_per_call
 from ddim_jax.training.held_out import make_held_out
@@ -171,11 +170,21 @@ def fit(
         held_out = make_held_out(
             apply_fn, schedule, dataset.held_out, config, num_classes, mesh, loss
         )
+        meter = Meter(config, flops, peak and peak * mesh.size, start)
         pending: list[Metrics] = []  # on the devices, (calls,) each
-        began = logged = time.perf_counter()
-        since, stop = start, False  # the step of the last line of this process
-        told = False  # how long it will take
+        owed = stop = told = False  # a line; to end early; how long it will take
         shown = progress and jax.process_index() == 0
+
+        def write_line(step: int) -> None:
+            if waiting["loss"]:
+                line = meter.line(step, waiting)
+                log.line(line)
+                speed = line["images_per_second"]
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
+                if on_log:
+                    on_log(state, line)
+                waiting.clear()
+
         with (
             Checkpoints(folder, config.keep) as checkpoints,
             MetricsLog(directory, start, wandb, config_dict) as log,
@@ -183,17 +192,19 @@ def fit(
         ):
             if step < config.num_updates:
                 bar.set_postfix_str("compiling")
-                lowered = steps.lower(state, kept, feed.data_like, feed.like, loss)
-                steps = lowered.compile()
-                data = feed.data()
-                compiling = time.perf_counter() - began
+                steps = steps.lower(state, kept, feed.data_like, feed.like, loss).compile()
+                data, compiling = feed.data(), meter.seconds
                 bar.set_postfix_str(f"compiled in {compiling:.0f} s")
                 bar.unpause()  # the clock of its speed
                 if config.sample_every:
                     preview.prepare(state.ema)
-                began = logged = time.perf_counter()
+                meter.reset()
             while step < config.num_updates:
                 state, kept, metrics = steps(state, kept, data, next(feed), loss)
+                if owed:  # of the calls before this one, with which the devices are busy now
+                    in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
+                    write_line(step)
+                    pending, owed = [], False
                 step += calls
                 pending.append(metrics)
                 if len(pending) > IN_FLIGHT:
@@ -204,30 +215,18 @@ def fit(
                 to_save = step % config.checkpoint_every == 0 or last or stop
                 to_log = step % config.log_every == 0 or last
                 drawn = config.sample_every and (step % config.sample_every == 0 or last)
-                if not told and (passed := time.perf_counter() - began) > FIRST_MINUTE and not last:
+                if not told and (passed := meter.seconds) > FIRST_MINUTE and not last:
                     told, left = True, config.num_updates - step
                     say(forecast(step - start, left, passed, compiling, config.batch_size))
-                if to_save or to_log:
+                owed = to_log and not (to_save or drawn or on_log)
+                if to_save or (to_log and not owed):
                     in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
                     pending = []
                 if held_out and (step % config.checkpoint_every == 0 or drawn or last):
                     for name, value in held_out(state).items():
                         waiting.setdefault(name, []).append(value)
-                if to_log and waiting["loss"]:
-                    line = {"step": step, **means(waiting, config)}
-                    now = time.perf_counter()
-                    speed = (step - since) * config.batch_size / (now - logged)
-                    line["images_per_second"] = speed
-                    if flops > 0:
-                        line["flops_per_second"] = speed * flops
-                    if flops > 0 and peak:
-                        line["mfu"] = speed * flops / (peak * mesh.size)
-                    line["seconds"] = now - began
-                    log.line(line)
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
-                    if on_log:
-                        on_log(state, line)
-                    waiting, logged, since = {}, now, step
+                if to_log and not owed:
+                    write_line(step)
                 if drawn and not stop:
                     preview(state.ema, step, log)
                 if to_save and config.post_hoc:
