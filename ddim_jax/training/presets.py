@@ -220,7 +220,7 @@ def cifar10_small() -> Preset:
         ),
         TrainConfig(
             batch_size=256,
-            num_updates=40_000,
+            num_updates=34_000,
             prediction="v",
             gamma="min-snr-5",
             learning_rate=1e-3,
