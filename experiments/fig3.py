@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from experiments import drawing
+from experiments import drawing, pipeline
 from experiments.arguments import parse, row_label, run
 from experiments.common import Cell, Experiment
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         for eta, row in rows.items():
             cell = experiment.cell(f"eta{eta}-S{s}", partial(_draw, experiment, eta, s))
             cells.append({"eta": eta, "S": s, **cell})
-            panels[row, f"S = {s}"] = images = experiment.drawn(eta, s)
+            panels[row, f"S = {s}"] = images = pipeline.drawn(experiment, eta, s)
     ordered = {(row, f"S = {s}"): panels[row, f"S = {s}"] for row in rows.values() for s in
                args.steps}  # fmt: skip
     caption = (
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 
 
 def _draw(experiment: Experiment, eta: str, steps: int) -> Cell:
-    return {"num_images": len(experiment.drawn(eta, steps))}
+    return {"num_images": len(pipeline.drawn(experiment, eta, steps))}
 
 
 if __name__ == "__main__":

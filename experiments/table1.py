@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ddim_jax.generation.shards import iter_shards
-from experiments import drawing
+import numpy as np
+
+from experiments import drawing, pipeline
 from experiments.arguments import parse, row_label, run
 from experiments.common import Cell, Experiment, jackknife_blocks, sizes
 
@@ -35,12 +36,18 @@ def table(experiment: Experiment) -> Cell:
     for s in args.steps:
         experiment.tau(s)
     experiment.begin_with_model()
-    floors = [experiment.floor(n) for n in sorted(set(counts.values()))]
-    cells = []
-    for s in args.steps:
-        for eta in args.eta:
-            cell = experiment.cell(f"eta{eta}-S{s}", partial(_score, experiment, eta, s))
-            cells.append({"eta": eta, "S": s, **cell})
+    where = {f"eta{eta}-S{s}": (eta, s) for s in args.steps for eta in args.eta}
+    jobs = {key: (partial(pipeline.drawn, experiment, *of), partial(_score, experiment, *of))
+            for key, of in where.items()}  # fmt: skip
+    floors: list[Cell] = []
+
+    def first() -> None:
+        floors.extend(experiment.floor(n) for n in sorted(set(counts.values())))
+
+    found = pipeline.cells(experiment, jobs, first)
+    cells = [{"eta": eta, "S": s, **found[key]} for key, (eta, s) in where.items() if key in found]
+    if not cells:
+        raise pipeline.OutOfTimeError("no cell was finished; the same command goes on")
     series: dict[str, Any] = {}
     for eta, label in labels.items():
         row = [c for c in cells if c["eta"] == eta]
@@ -59,12 +66,12 @@ def table(experiment: Experiment) -> Cell:
         "distance depends on the number of samples: compare columns of equal numbers, with the "
         "floor of that number."
     )
-    return experiment.finish(cells, figure, caption, floors=floors, name=name)
+    missing = [key for key in where if key not in found]
+    return experiment.finish(cells, figure, caption, floors=floors, name=name, missing=missing)
 
 
-def _score(experiment: Experiment, eta: str, steps: int) -> Cell:
-    found = experiment.score(list(iter_shards(experiment.draw(eta, steps))))
-    return found | {"network_calls": len(experiment.tau(steps))}
+def _score(experiment: Experiment, eta: str, steps: int, images: np.ndarray) -> Cell:
+    return experiment.score(images) | {"network_calls": len(experiment.tau(steps))}
 
 
 if __name__ == "__main__":
