@@ -21,7 +21,7 @@ from experiments.provenance import write
 STARTED = time.monotonic()  # what --seconds counts from: the process, whatever it runs
 
 
-class OutOfTimeError(Exception):
+class OutOfTimeError(TimeoutError):
     """--seconds are over."""
 
 
@@ -69,9 +69,7 @@ def cells(
         return {key: future.result() for key, future in found.items()}
 
 
-def drawn(
-    experiment: Experiment, eta: str, steps: int, spacing: str | None = None
-) -> np.ndarray:
+def drawn(experiment: Experiment, eta: str, steps: int, spacing: str | None = None) -> np.ndarray:
     """Images, uint8 (n, H, W, C), image k from the same x_T in every cell; resumes.
 
     They are kept in `samples/`, batch by batch, each fetched while the next one is drawn.

@@ -24,6 +24,7 @@ from ddim_jax.networks.unet import make_apply
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.sampling import clip_x0
+from ddim_jax.sampling.inversion import invert_step
 from ddim_jax.sampling.plan import Plan, check_network, run
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
@@ -85,6 +86,31 @@ class Stepper:
             if len(waiting) > AHEAD:
                 waiting.popleft().block_until_ready()
         return x
+
+    @functools.cache  # noqa: B019
+    def _upwards(self, max_iterations: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """Jitted (params, x_s, one row of a plan) → (x_t, network calls on each device)."""
+
+        def up(params: Any, x: Any, row: Plan) -> tuple[jax.Array, jax.Array]:
+            denoise = partial(self.model.apply_fn, params)
+            x, calls = invert_step(denoise, x, row, max_iterations, x.dtype)
+            return x, calls[None]
+
+        specs = (WHOLE, SPLIT, WHOLE)
+        return jax.jit(jax.shard_map(
+            up, mesh=self.mesh, in_specs=specs, out_specs=(SPLIT, SPLIT), check_vma=False
+        ))  # fmt: skip
+
+    def invert(self, x_0: jax.Array, tau: np.ndarray, max_iterations: int) -> tuple[Any, Any]:
+        """(x_T, (S, devices) network calls) of `ddim_jax.invert`, not waited for."""
+        plan = ddim.ddim()(self.model.schedule, tau)
+        plan = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)[::-1]), plan)
+        x, calls = jax.device_put(x_0, self.split), []
+        for i in range(len(tau)):
+            row = jax.tree.map(lambda v, i=i: v[i], plan)
+            x, count = self._upwards(max_iterations)(self.params, x, row)
+            calls.append(count)
+        return x, jnp.stack(calls)
 
     def draw(self, plan: Plan, seed: int, first: int, size: int, clip: bool) -> Any:
         """(uint8 images, whether each is finite) of `size` numbers from `first` on, not waited for.

@@ -51,6 +51,8 @@ def table(experiment: Experiment) -> Cell:
     series: dict[str, Any] = {}
     for eta, label in labels.items():
         row = [c for c in cells if c["eta"] == eta]
+        if not row:
+            continue
         series[label] = tuple([c[k] for c in row] for k in ("S", "distance", "se"))
     name = cells[0]["name"]
     figure = drawing.lines(
