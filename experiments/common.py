@@ -24,6 +24,7 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.data import Dataset
+from ddim_jax.data.reader import CACHE_BYTES
 from ddim_jax.evaluation import (
     Extractor,
     Reference,
@@ -90,6 +91,24 @@ class Experiment:
             )
         return dataset
 
+    def decode(self) -> None:
+        """Decodes data that fit in memory, by several threads; they are kept there."""
+        if len(self.dataset) * np.prod(self.dataset.image_shape) <= CACHE_BYTES:
+            self.dataset.arrays()
+
+    def without_data(self) -> Cell | None:
+        """With --or-not-run, where the data are not at hand: a `result.json` that says so."""
+        if not self.args.or_not_run:
+            return None
+        try:
+            self.data_config.load(self.args.data_dir)
+        except (ValueError, ImportError) as error:
+            if isinstance(error, ValueError) and not str(error).startswith("no data set"):
+                raise
+            reason = f"{self.data_config.name}, its data, is not at hand"
+            return not_run(self.name, self.args, reason)
+        return None
+
     @functools.cached_property
     def extractor(self) -> Extractor:
         """What `--extractor` names."""
@@ -132,7 +151,15 @@ class Experiment:
           ValueError: it holds this experiment with other settings; each is named.
         """
         ignored = {"out", "data_dir", "data", "extractor", "command", "full"}
-        ignored |= {"seconds", "model", "config", "schedule", "prediction", "dtype"}  # see the model's digest
+        ignored |= {
+            "seconds",
+            "or_not_run",
+            "model",
+            "config",
+            "schedule",
+            "prediction",
+            "dtype",
+        }  # see the model's digest
         chosen = {k: v for k, v in vars(self.args).items() if k not in ignored}
         self.settings = json.loads(
             json.dumps(

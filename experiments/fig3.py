@@ -19,8 +19,15 @@ FULL = {"steps": [10, 100]}
 
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Draws the grid."""
-    args = parse("fig3", __doc__.splitlines()[0], argv, SMALL, FULL, without=["extractor"],
-                 shown="images in each panel")
+    args = parse(
+        "fig3",
+        __doc__.splitlines()[0],
+        argv,
+        SMALL,
+        FULL,
+        without=["extractor"],
+        shown="images in each panel",
+    )
     experiment = Experiment("fig3", args)
     rows = {eta: row_label(eta) for eta in args.eta}
     experiment.begin_with_model(data=False)

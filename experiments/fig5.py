@@ -33,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     steps = sorted(args.steps)
     longest = pipeline.drawn(experiment, "0", steps[-1], "linear")
     rows = {("η = 0, linear", s): pipeline.drawn(experiment, "0", s, "linear") for s in steps[:-1]}
-    rows |= {("η = 0, quadratic", s): pipeline.drawn(experiment, "0", s, "quadratic") for s in steps[:-1]}
-    rows |= {("η = 1, linear", s): pipeline.drawn(experiment, "1", s, "linear") for s in steps[-2:-1]}
+    rows |= {
+        ("η = 0, quadratic", s): pipeline.drawn(experiment, "0", s, "quadratic") for s in steps[:-1]
+    }
+    rows |= {
+        ("η = 1, linear", s): pipeline.drawn(experiment, "1", s, "linear") for s in steps[-2:-1]
+    }
     rows["other x_T", steps[-1]] = np.roll(longest, 1, axis=0)
     cells = [{"what": w, "S": s, **agreement(x, longest)} for (w, s), x in rows.items()]
     shown = {f"{w}, S = {s}": x[: args.shown] for (w, s), x in rows.items() if w != "other x_T"}

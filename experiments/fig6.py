@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> Cell:
                          f"{args.steps}, {args.points} and {args.paths}")  # fmt: skip
     args.shown = min(args.shown, args.paths)
     experiment = Experiment("fig6", args)
+    if lacking := experiment.without_data():
+        return lacking
     experiment.begin_with_model()
     paths: list[np.ndarray] = []
 
@@ -69,8 +71,8 @@ def decode(experiment: Experiment) -> np.ndarray:
     latents = ddim.slerp(a, b, weights)
     tau = experiment.tau(args.steps[0])
     plan, devices = ddim.ddim()(model.schedule, tau), len(jax.local_devices())
-    size = min(args.batch_size, len(latents)) * devices
-    latents = jnp.concatenate([latents, latents[: -len(latents) % size]])
+    size = min(args.batch_size, -(-len(latents) // devices)) * devices
+    latents = jnp.resize(latents, (-(-len(latents) // size) * size, *model.image_shape))
     zero = np.zeros(size, np.uint32)  # of noise that is not added
     parts = [experiment.stepper.run(latents[i : i + size], plan, key=jax.random.key(0), numbers=zero)
              for i in range(0, len(latents), size)]  # fmt: skip

@@ -7,6 +7,7 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from experiments.common import Cell, Experiment
 from experiments.provenance import write
 
 STARTED = time.monotonic()  # what --seconds counts from: the process, whatever it runs
+HELD = 2**30  # bytes of images that wait for their judge
 
 
 class OutOfTimeError(TimeoutError):
@@ -46,8 +48,8 @@ def cells(
         return judge(drawn) | {"drawing_seconds": seconds}
 
     with ThreadPoolExecutor(1) as pool:
+        waiting: list[tuple[Future[Any], int]] = [(pool.submit(first), 0)]
         try:
-            futures: list[Future[Any]] = [pool.submit(first)]
             for key, (draw, judge) in jobs.items():
                 if experiment.has(key):
                     found[key] = pool.submit(experiment.cell, key, dict)
@@ -56,11 +58,11 @@ def cells(
                 began = time.perf_counter()
                 drawn = draw()
                 spent = time.perf_counter() - began
-                compute = lambda j=judge, d=drawn, s=spent: judged(j, d, s)  # noqa: E731
+                compute = partial(judged, judge, drawn, spent)
                 found[key] = pool.submit(experiment.cell, key, compute)
-                futures = [*futures[-2:], found[key]]
-                if len(futures) > 2:  # few cells in memory at a time, and errors at once
-                    futures[0].result()
+                waiting.append((found[key], getattr(drawn, "nbytes", 0)))
+                while waiting and (waiting[0][0].done() or sum(n for _, n in waiting) > HELD):
+                    waiting.pop(0)[0].result()  # errors at once
         except OutOfTimeError as late:
             print(f"{experiment.name}: {late}", flush=True)
         except BaseException:
@@ -84,7 +86,8 @@ def drawn(experiment: Experiment, eta: str, steps: int, spacing: str | None = No
     name = f"eta{eta.replace(':', '.')}-S{steps}-{spacing}"
     folder = args.out / "samples" / name
     folder.mkdir(parents=True, exist_ok=True)
-    size = min(args.batch_size, number) * len(jax.local_devices())
+    devices = len(jax.local_devices())
+    size = min(args.batch_size, -(-number // devices)) * devices
     parts: dict[int, np.ndarray] = {}
     pending: list[tuple[int, pathlib.Path, Any]] = []
     for start in range(0, number, size):

@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 
 def table(experiment: Experiment) -> Cell:
     """All cells (η, S) of the arguments' rows and columns, and the floor beside them."""
+    if lacking := experiment.without_data():
+        return lacking
     args = experiment.args
     labels = {eta: row_label(eta) for eta in args.eta}
     counts = {s: experiment.num_images(s) for s in args.steps}
@@ -42,6 +44,7 @@ def table(experiment: Experiment) -> Cell:
     floors: list[Cell] = []
 
     def first() -> None:
+        experiment.decode()
         floors.extend(experiment.floor(n) for n in sorted(set(counts.values())))
 
     found = pipeline.cells(experiment, jobs, first)

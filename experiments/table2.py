@@ -58,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     experiment = Experiment("table2", args)
     if experiment.data_config.name != "digits":  # which have no other split
         experiment.data_config = dataclasses.replace(experiment.data_config, split="test")
-    most = max(args.exact_samples, args.reach_samples, *(experiment.num_images(s) for s in args.steps))
+    if lacking := experiment.without_data():
+        return lacking
+    most = max(
+        args.exact_samples, args.reach_samples, *(experiment.num_images(s) for s in args.steps)
+    )
     if most > len(experiment.dataset):
         name = experiment.dataset.name
         raise ValueError(f"{name} has {len(experiment.dataset)} images, {most} were asked for")
@@ -105,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         f"{experiment.spacing} τ; bars are one standard error over images."
     )
     missing = [key for key in of if key not in found]
-    return experiment.finish(
-        cells, figure, caption, exact=inverses, reach=reached, missing=missing
-    )
+    return experiment.finish(cells, figure, caption, exact=inverses, reach=reached, missing=missing)
 
 
 def plain(experiment: Experiment, steps: int, chosen: np.ndarray) -> Cell:
