@@ -91,7 +91,7 @@ class Experiment:
             )
         return dataset
 
-    def decode(self) -> None:
+    def _decode(self) -> None:
         """Decodes data that fit in memory, by several threads; they are kept there."""
         if len(self.dataset) * np.prod(self.dataset.image_shape) <= CACHE_BYTES:
             self.dataset.arrays()
@@ -117,6 +117,8 @@ class Experiment:
     @functools.cached_property
     def reference(self) -> Reference:
         """Statistics of the data, computed once for the folder."""
+        if not (self.args.out / "reference.npz").exists():
+            self._decode()
         return reference_statistics(
             self.args.out / "reference.npz",
             self.dataset,
@@ -260,6 +262,7 @@ class Experiment:
         def compute() -> Cell:
             from ddim_jax.evaluation import features
 
+            self._decode()
             rng = np.random.default_rng(self.args.seed)
             even, odd = np.arange(0, len(self.dataset), 2), np.arange(1, len(self.dataset), 2)
             some = rng.permutation(odd)[:number]

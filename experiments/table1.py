@@ -44,7 +44,6 @@ def table(experiment: Experiment) -> Cell:
     floors: list[Cell] = []
 
     def first() -> None:
-        experiment.decode()
         floors.extend(experiment.floor(n) for n in sorted(set(counts.values())))
 
     found = pipeline.cells(experiment, jobs, first)
