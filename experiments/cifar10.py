@@ -59,7 +59,7 @@ PARTS = (
     Part("fig3-cifar10", fig3.main,
          f"{FAST} --steps 10 20 50 100 --eta 0 1 hat --num-images 512 --shown 36",
          f"--dtype bfloat16 --eta 0 hat --shown 4 {TINY}", 16),
-    Part("fig6-cifar10", fig6.main, f"{FAST} --steps 50 --paths 46 --shown 8 --points 11",
+    Part("fig6-cifar10", fig6.main, f"{FAST} --steps 50 --paths 93 --shown 8 --points 11",
          "--dtype bfloat16 --steps 2 --paths 2 --shown 2 --points 3 --batch-size 4", 8),
     Part("fig5-cifar10", fig5.main,
          f"{FAST} --steps 10 20 50 100 1000 --num-images 512 --shown 10",

@@ -24,20 +24,11 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.data import Dataset
-from ddim_jax.data.reader import CACHE_BYTES
-from ddim_jax.evaluation import (
-    Extractor,
-    Reference,
-    evaluate,
-    frechet_jackknife,
-    moments,
-    parse_extractor,
-    reference_statistics,
-)
 from ddim_jax.pictures import plots
 from ddim_jax.storage.files import portable
 from ddim_jax.training.presets import DataConfig
 from experiments.arguments import num_images
+from experiments.judging import Cell, Judge
 from experiments.provenance import (
     data_config,
     device,
@@ -50,11 +41,10 @@ from experiments.provenance import (
 from experiments.stepping import Stepper, stepper
 
 FORMAT = 1
-Cell = dict[str, Any]
 
 
 @dataclasses.dataclass
-class Experiment:
+class Experiment(Judge):
     """One experiment in one folder: its model, data and extractor, and the cells already done."""
 
     name: str
@@ -91,11 +81,6 @@ class Experiment:
             )
         return dataset
 
-    def _decode(self) -> None:
-        """Decodes data that fit in memory, by several threads; they are kept there."""
-        if len(self.dataset) * np.prod(self.dataset.image_shape) <= CACHE_BYTES:
-            self.dataset.arrays()
-
     def without_data(self) -> Cell | None:
         """With --or-not-run, where the data are not at hand: a `result.json` that says so."""
         if not self.args.or_not_run:
@@ -108,23 +93,6 @@ class Experiment:
             reason = f"{self.data_config.name}, its data, is not at hand"
             return not_run(self.name, self.args, reason)
         return None
-
-    @functools.cached_property
-    def extractor(self) -> Extractor:
-        """What `--extractor` names."""
-        return parse_extractor(self.args.extractor)()
-
-    @functools.cached_property
-    def reference(self) -> Reference:
-        """Statistics of the data, computed once for the folder."""
-        if not (self.args.out / "reference.npz").exists():
-            self._decode()
-        return reference_statistics(
-            self.args.out / "reference.npz",
-            self.dataset,
-            self.extractor,
-            batch_size=self.args.batch_size,
-        )
 
     @functools.cached_property
     def spacing(self) -> str:
@@ -225,59 +193,6 @@ class Experiment:
         print(f"{self.name} {key}: {', '.join([*numbers[:3], numbers[-1]])}", flush=True)
         return read_json(path)
 
-    def score(self, images: Any) -> Cell:
-        """Figures of uint8 images against the data: FD with its standard error, KD, precision.
-
-        Args:
-          images: uint8 (n, H, W, C), or a list of such shards.
-
-        Returns:
-          {"name", "distance", "se", "kernel", "precision", "recall", "num_images"}.
-        """
-        number = sum(map(len, images)) if isinstance(images, list) else len(images)
-        blocks = jackknife_blocks(number)
-        found = evaluate(
-            images, self.reference, self.extractor, blocks=blocks, batch_size=self.args.batch_size
-        )
-        return {
-            "name": found.frechet.name,
-            "distance": found.frechet.value,
-            "se": found.frechet.se,
-            "kernel_name": found.kernel.name,
-            "kernel": found.kernel.value,
-            "kernel_se": found.kernel.se,
-            "precision": found.precision.value,
-            "recall": found.recall.value,
-            "num_images": found.size,
-            "blocks": blocks,
-        }
-
-    def floor(self, number: int) -> Cell:
-        """What real images score at `number`, on which the distance depends.
-
-        Half against half: min(number, N/2) random images of the odd-numbered half of the data,
-        against all of the even-numbered one.
-        """
-
-        def compute() -> Cell:
-            from ddim_jax.evaluation import features
-
-            self._decode()
-            rng = np.random.default_rng(self.args.seed)
-            even, odd = np.arange(0, len(self.dataset), 2), np.arange(1, len(self.dataset), 2)
-            some = rng.permutation(odd)[:number]
-            x, y = (
-                np.concatenate(list(features(
-                    self.extractor, self.dataset.take(half)["image"], self.args.batch_size
-                )))
-                for half in (some, even)
-            )  # fmt: skip
-            value, se = frechet_jackknife(x, moments(y), jackknife_blocks(len(x)))
-            name = self.extractor.frechet_name
-            return {"name": name, "distance": value, "se": se, "num_images": len(x)}
-
-        return self.cell(f"floor-n{number}", compute)
-
     def finish(self, cells: Any, figure: Any, caption: str, **more: Any) -> Cell:
         """Writes `result.json` and `figure.png`.
 
@@ -317,11 +232,6 @@ def sizes(counts: Mapping[int, int]) -> str:
     if len(set(counts.values())) == 1:
         return f"{next(iter(counts.values())):,} each"
     return ", ".join(f"{n:,} at S = {s}" for s, n in counts.items())
-
-
-def jackknife_blocks(number: int) -> int:
-    """20 where there are enough samples."""
-    return max(2, min(20, number // 2))
 
 
 def not_run(name: str, args: argparse.Namespace, reason: str) -> Cell:

@@ -16,7 +16,8 @@ import numpy as np
 
 from experiments import drawing, pipeline
 from experiments.arguments import parse, row_label, run
-from experiments.common import Cell, Experiment, jackknife_blocks, sizes
+from experiments.common import Cell, Experiment, sizes
+from experiments.judging import jackknife_blocks
 
 SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "0.2", "0.5", "1", "hat"], "num_images": ["300"],
          "clip": False}  # fmt: skip
