@@ -47,7 +47,7 @@ PARTS = (
     Part("table2-cifar10", table2.main,
          f"{TEST} --spacing quadratic --steps 10 20 50 100 200 500 1000 --num-images 1024 200=256 "
          f"500=256 1000=128 --reach-steps 10 20 --reach-samples 128 {EXACT}",
-         f"--spacing quadratic --exact-steps 2 {TINY_TABLE2}", 340),
+         f"--spacing quadratic --exact-steps 2 {TINY_TABLE2}", 350),
     Part("table2-cifar10-quad", table2.main,
          f"{TEST} --spacing quad --steps 10 20 50 100 200 --num-images 1024 200=256 "
          f"--reach-steps 10 20 --reach-samples 128 {NO_EXACT}",
