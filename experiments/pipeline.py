@@ -89,19 +89,20 @@ def drawn(experiment: Experiment, eta: str, steps: int, spacing: str | None = No
     devices = len(jax.local_devices())
     size = min(args.batch_size, -(-number // devices)) * devices
     parts: dict[int, np.ndarray] = {}
-    pending: list[tuple[int, pathlib.Path, Any]] = []
+    pending: list[tuple[int, pathlib.Path, Any, int]] = []
     for start in range(0, number, size):
         path = folder / f"images-{start:08d}-{size}.npy"
         if path.exists():
             parts[start] = np.load(path)
             continue
         check_time(experiment)
-        pending.append((start, path, experiment.stepper.draw(plan, args.seed, start, size, clip)))
+        result = experiment.stepper.draw(plan, args.seed, start, size, clip)
+        pending.append((start, path, result, number - start))
         if len(pending) > 1:
             _fetch(parts, *pending.pop(0))
     for one in pending:
         _fetch(parts, *one)
-    return np.concatenate([parts[start] for start in sorted(parts)])[:number]
+    return np.concatenate([parts[start] for start in sorted(parts)])
 
 
 def check_time(experiment: Experiment) -> None:
@@ -117,8 +118,9 @@ def _method(eta: str, clip: bool) -> tuple[Method, bool]:
     return find_method(options.pop("method"), options.pop("eta", 0.0)), clip
 
 
-def _fetch(parts: dict[int, np.ndarray], start: int, path: pathlib.Path, result: Any) -> None:
-    images, finite = jax.device_get(result)
+def _fetch(parts: dict[int, np.ndarray], start: int, path: pathlib.Path, result: Any,
+           wanted: int) -> None:  # fmt: skip
+    images, finite = (v[:wanted] for v in jax.device_get(result))
     check_finite(start + np.flatnonzero(~finite))
     buffer = io.BytesIO()
     np.save(buffer, images)

@@ -167,7 +167,7 @@ def test_table2_is_eq_13_up_and_down(results):
     result = results[1]["table2"]
     model, images = ddim.load_model("digits"), load("digits").arrays()["image"]
     alpha_bar = np.exp(np.asarray(model.schedule.log_alpha_bar, np.float64))
-    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(as_eps(model).apply_fn)
+    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(model.apply_fn)
     x_0 = images[np.random.default_rng(0).permutation(1797)[:6]] / 127.5 - 1
 
     def step(x, t, s, label):  # x at s → x at t, by ε at `label`
