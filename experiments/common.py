@@ -148,7 +148,10 @@ class Experiment(Judge):
                     "\n".join([f"{out} has other settings; choose another --out:", *lines])
                 )
         elif out.exists() and any(
-            p.suffix != ".tmp" and (p.name != "result.json" or is_run(out)) for p in out.iterdir()
+            p.suffix != ".tmp"
+            and p.name != "reference.npz"  # of another experiment's data; checked when it is read
+            and (p.name != "result.json" or is_run(out))
+            for p in out.iterdir()
         ):
             raise FileExistsError(f"{out} holds something else; choose another --out")
         else:
