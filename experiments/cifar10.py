@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         words += ["--extractor", args.extractor] if part.extractor else []
         if is_whole(args.out / part.folder, words):
             done.append(part.folder)
+            _say(f"{part.folder} was whole")
             continue
         if args.seconds:
             words += ["--seconds", str(args.seconds)]
