@@ -34,6 +34,7 @@ from experiments import (
     fig4,
     fig5,
     fig6,
+    markdown,
     objectives,
     on_device,
     paper_numbers,
@@ -568,6 +569,15 @@ def test_the_report_puts_all_beside_the_paper(results):
     verdicts = re.findall(r"<td>(holds|within error|does not hold|not run)</td>", text)
     assert len(verdicts) > 20
     assert report.main([str(folder)]) == page  # again, over its own page
+
+
+def test_the_reports_tables_in_markdown(tmp_path):
+    text = markdown.main([str(pathlib.Path(report.__file__).parent / "results")])
+    assert "### table1-digits\n\n| FD-pixels | S = 10 |" in text
+    assert "| σ̂ | 367.43 | 133.37 | 32.72 | 9.99 | 3.17 |" in text
+    assert not re.search("</?t[dhr]>|&[a-z]+;", text)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        markdown.main([str(tmp_path / "missing")])
 
 
 def test_the_report_of_nothing_and_of_strangers(tmp_path):
