@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -126,7 +127,12 @@ def is_whole(folder: pathlib.Path, words: Sequence[str]) -> bool:
     if not path.exists():
         return False
     result = read_json(path)
-    return not result.get("missing") and all(portable(w) in result["command"] for w in words)
+    said = shlex.split(result["command"])[3:]  # python -m experiments.NAME
+    for option in ("--seconds", "--out"):
+        if option in said:
+            at = said.index(option)
+            del said[at : at + 2]
+    return not result.get("missing") and said == [portable(w) for w in words]
 
 
 def _share_reference(out: pathlib.Path, folder: str) -> None:

@@ -73,7 +73,10 @@ def decode(experiment: Experiment) -> np.ndarray:
     plan, devices = ddim.ddim()(model.schedule, tau), len(jax.local_devices())
     size = min(args.batch_size, -(-len(latents) // devices)) * devices
     latents = jnp.resize(latents, (-(-len(latents) // size) * size, *model.image_shape))
-    unused = {"key": jax.random.key(0), "numbers": np.zeros(size, np.uint32)}  # no noise is added
+    unused: Cell = {
+        "key": jax.random.key(0),
+        "numbers": np.zeros(size, np.uint32),
+    }  # no noise is added
     starts = range(0, len(latents), size)
     parts = [experiment.stepper.run(latents[i : i + size], plan, **unused) for i in starts]
     drawn = np.asarray(to_uint8(jnp.concatenate(parts)))
