@@ -53,10 +53,12 @@ class Stepper:
     def _step(self, clip: bool) -> Callable[..., jax.Array]:
         """Jitted (params, x, plan, key or None, numbers) → x at the end of the plan."""
         model = ddim.predicts(self.model, x0_fn=clip_x0(1.0)) if clip else self.model
+        classes = model.config.num_classes
 
         def step(params: Any, x: Any, plan: Plan, key: Any, numbers: Any) -> jax.Array:
             keys = None if key is None else image_keys(key, numbers)
-            return run(partial(model.apply_fn, params), x, plan, keys)[0]
+            labels = {} if classes is None or numbers is None else {"labels": numbers % classes}
+            return run(partial(model.apply_fn, params, **labels), x, plan, keys)[0]
 
         specs = (WHOLE, SPLIT, WHOLE, WHOLE, SPLIT)
         spread = jax.shard_map(
@@ -73,7 +75,8 @@ class Stepper:
           plan: of a method; one that remembers is one program, any other a call for each row.
           clip: clip each x̂_0 to [−1, 1].
           key: of the noise; a plan without any takes it too, for the program of the others.
-          numbers: (n,) uint32, the images' numbers; with a key.
+          numbers: (n,) uint32, the images' numbers; with a key. Of K classes image k then has the
+            (k mod K)-th.
         """
         check_network(self.model.apply_fn, plan)
         if key is not None and plan.steps.sigma is None:
@@ -115,7 +118,7 @@ class Stepper:
     def draw(self, plan: Plan, seed: int, first: int, size: int, clip: bool) -> Any:
         """(uint8 images, whether each is finite) of `size` numbers from `first` on, not waited for.
 
-        Image k is image k of `ddim_jax.generation.shards.generate` with that seed.
+        Image k is image k of `ddim_jax.generation.shards.generate` with that seed, of all classes.
         """
         keys = jax.random.split(jax.random.key(seed))
         numbers = np.arange(first, first + size, dtype=np.uint32)
