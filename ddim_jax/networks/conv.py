@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
+
+from ddim_jax.networks.winograd import pays, winograd
 
 PIXELS = 2048  # of the output in a strip: as many as XLA:CPU still does at full speed
 
@@ -42,9 +45,10 @@ def conv(
     """
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    (low, high), columns = padding
+    rows, columns = padding
+    low, high = rows
 
-    def plain(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = (low, high)) -> jax.Array:
+    def plain(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = rows) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, (rows, columns), **kwargs)
 
     batch, height, width, _ = jax.eval_shape(plain, x, kernel).shape
@@ -52,8 +56,15 @@ def conv(
     if symbolic or x.dtype != jax.numpy.float32:
         return plain(x, kernel)
     step = max(PIXELS // (batch * width), 2)
-    if step >= height:
+    fast = pays((batch, height, width), kernel.shape, strides)
+    if step >= height and not fast:
         return plain(x, kernel)
+
+    def value(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if not fast:
+            return plain(x, kernel)
+        winograds = partial(winograd, padding=(rows, columns))
+        return jax.lax.platform_dependent(x, kernel, cpu=winograds, default=plain)
 
     def by_strips(x: jax.Array, kernel: jax.Array) -> jax.Array:
         strips = []
@@ -64,15 +75,18 @@ def conv(
             strips.append(plain(x[:, max(start, 0) : stop], kernel, outside))
         return jax.numpy.concatenate(strips, axis=1)
 
-    f = jax.custom_jvp(lambda x, kernel: plain(x, kernel))
+    f = jax.custom_jvp(value)
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         (x, kernel), (x_dot, kernel_dot) = primals, tangents
         if isinstance(kernel_dot, jax.custom_derivatives.SymbolicZero):
             return f(x, kernel), plain(x_dot, kernel)
-        y_dot = jax.lax.platform_dependent(
-            x, kernel_dot, cpu=jax.checkpoint(by_strips, prevent_cse=False), default=plain
-        )
+        if step >= height:
+            y_dot = plain(x, kernel_dot)
+        else:
+            y_dot = jax.lax.platform_dependent(
+                x, kernel_dot, cpu=jax.checkpoint(by_strips, prevent_cse=False), default=plain
+            )
         if not isinstance(x_dot, jax.custom_derivatives.SymbolicZero):
             y_dot = y_dot + plain(x_dot, kernel)
         return f(x, kernel), y_dot
