@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ddim_jax.networks.winograd import pays, winograd
+from ddim_jax.networks.winograd import conv3, pays
 
 PIXELS = 2048  # of the output in a strip: as many as XLA:CPU still does at full speed
 
@@ -45,26 +45,22 @@ def conv(
     """
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    rows, columns = padding
-    low, high = rows
+    (low, high), columns = padding
 
-    def plain(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = rows) -> jax.Array:
+    def plain(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = (low, high)) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, (rows, columns), **kwargs)
 
     batch, height, width, _ = jax.eval_shape(plain, x, kernel).shape
     symbolic = not all(isinstance(size, int) for size in (batch, height, width))
     if symbolic or x.dtype != jax.numpy.float32:
         return plain(x, kernel)
+    value = plain
+    if x.shape[3] == kernel.shape[2] and pays((batch, height, width), kernel.shape, strides, padding):
+        fixed = {"padding": ((low, high), tuple(columns)), "options": tuple(kwargs.items())}
+        value = partial(conv3.bind, **fixed, back=False)
     step = max(PIXELS // (batch * width), 2)
-    fast = pays((batch, height, width), kernel.shape, strides)
-    if step >= height and not fast:
-        return plain(x, kernel)
-
-    def value(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if not fast:
-            return plain(x, kernel)
-        winograds = partial(winograd, padding=(rows, columns))
-        return jax.lax.platform_dependent(x, kernel, cpu=winograds, default=plain)
+    if step >= height:
+        return value(x, kernel)
 
     def by_strips(x: jax.Array, kernel: jax.Array) -> jax.Array:
         strips = []
@@ -75,20 +71,17 @@ def conv(
             strips.append(plain(x[:, max(start, 0) : stop], kernel, outside))
         return jax.numpy.concatenate(strips, axis=1)
 
-    f = jax.custom_jvp(value)
+    f = jax.custom_jvp(lambda x, kernel: value(x, kernel))
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         (x, kernel), (x_dot, kernel_dot) = primals, tangents
         if isinstance(kernel_dot, jax.custom_derivatives.SymbolicZero):
-            return f(x, kernel), plain(x_dot, kernel)
-        if step >= height:
-            y_dot = plain(x, kernel_dot)
-        else:
-            y_dot = jax.lax.platform_dependent(
-                x, kernel_dot, cpu=jax.checkpoint(by_strips, prevent_cse=False), default=plain
-            )
+            return f(x, kernel), value(x_dot, kernel)
+        y_dot = jax.lax.platform_dependent(
+            x, kernel_dot, cpu=jax.checkpoint(by_strips, prevent_cse=False), default=plain
+        )
         if not isinstance(x_dot, jax.custom_derivatives.SymbolicZero):
-            y_dot = y_dot + plain(x_dot, kernel)
+            y_dot = y_dot + value(x_dot, kernel)
         return f(x, kernel), y_dot
 
     f.defjvp(jvp, symbolic_zeros=True)

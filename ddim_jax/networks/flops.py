@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from ddim_jax.networks.winograd import conv3, plain
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -79,6 +82,9 @@ def _of_equation(equation: Any) -> int:
         return 2 * terms * equation.outvars[0].aval.size
     if name == "conv_general_dilated":
         return 2 * _products(equation)
+    if equation.primitive is conv3:  # counted as the convolution that it is
+        jaxpr = jax.make_jaxpr(partial(plain, **params))(*(v.aval for v in equation.invars))
+        return _flops(jaxpr.jaxpr)
     inner = [_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
