@@ -1,4 +1,4 @@
-"""The convolution of the U-Net, with a kernel gradient that is not slow on a CPU."""
+"""The convolution of the U-Net, in forms that are not slow on a CPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def conv(
 
     XLA:CPU takes the gradient with respect to the kernel as one convolution over all B·H·W pixels
     and, beyond some thousands of them, at a quarter of its speed. There the gradient is a sum over
-    strips of rows instead. Values, other derivatives, dtypes and platforms stay as they are, and so
-    do the symbolic sizes of `jax.export`.
+    strips of rows instead. Large 3×3 convolutions there, and their gradients with respect to x, are
+    Winograd's (see `winograd.py`). Other dtypes and platforms stay as they are, and so do the
+    symbolic sizes of `jax.export`.
 
     Args:
       x: (B, H, W, C_in).
@@ -55,7 +56,8 @@ def conv(
     if symbolic or x.dtype != jax.numpy.float32:
         return plain(x, kernel)
     value = plain
-    if x.shape[3] == kernel.shape[2] and pays((batch, height, width), kernel.shape, strides, padding):
+    shape = batch, height, width
+    if x.shape[3] == kernel.shape[2] and pays(shape, kernel.shape, strides, padding):
         fixed = {"padding": ((low, high), tuple(columns)), "options": tuple(kwargs.items())}
         value = partial(conv3.bind, **fixed, back=False)
     step = max(PIXELS // (batch * width), 2)
