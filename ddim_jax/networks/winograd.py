@@ -1,7 +1,7 @@
 """Winograd's minimal filtering F(2×2, 3×3): a 3×3 convolution by 4 products a pixel instead of 9.
 
-Lavin & Gray (2016), "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308. `conv3` is a
-primitive so that a CPU alone gets it: any other platform gets XLA's convolution, to the letter.
+Lavin & Gray (2016), "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308. `conv3`
+is a primitive so that a CPU alone gets it: any other platform gets XLA's convolution, to the letter.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def pays(
       False
     """
     batch, height, width = y
-    simple = (*kernel[:2], *strides) == (3, 3, 1, 1) and 0 <= np.min(padding) <= np.max(
-        padding
-    ) <= 2
+    plain_3x3 = (*kernel[:2], *strides) == (3, 3, 1, 1) and {0, 1, 2}.issuperset(np.ravel(padding))
     products = 9 * batch * height * width * kernel[2] * kernel[3]
     large = height * width >= 144 and min(kernel[2:]) >= 64 and products >= PRODUCTS
     return plain_3x3 and large
@@ -135,7 +133,8 @@ def _batched(args: Any, axes: Any, **params: Any) -> Any:
 
 
 def _kernel_bar(y_bar: jax.Array, x: jax.Array, kernel: Any, **params: Any) -> jax.Array:
-    return jax.linear_transpose(lambda kernel: plain(x, kernel, **params), kernel.aval)(y_bar)[0]
+    y = lambda kernel: plain(x, kernel, **params)  # noqa: E731
+    return jax.linear_transpose(y, kernel.aval)(y_bar)[0]
 
 
 def _x_bar(y_bar: jax.Array, x: Any, kernel: jax.Array, **params: Any) -> jax.Array:
