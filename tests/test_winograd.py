@@ -22,7 +22,12 @@ from tests.test_conv import (
     plain,
 )
 
-SHAPE = 14, 12, 13, 64  # large enough, of odd width
+SHAPE = 14, 12, 13, 64  # large enough for this limit, of odd width
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch):
+    monkeypatch.setattr("ddim_jax.networks.winograd.PRODUCTS", 9 * 13 * 12 * 12 * 64 * 64)
 
 
 @pytest.mark.parametrize(

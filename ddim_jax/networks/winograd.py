@@ -1,7 +1,7 @@
 """Winograd's minimal filtering F(2×2, 3×3): a 3×3 convolution by 4 products a pixel instead of 9.
 
 Lavin & Gray (2016), "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308. `conv3`
-is a primitive so that a CPU alone gets it: any other platform gets XLA's convolution, to the letter.
+is a primitive so that a CPU alone gets it: other platforms get XLA's convolution, to the letter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]], np.float32)
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 PIXELS = 2048  # transformed at once: those of more leave the cache
-PRODUCTS = 2**26  # of the plain convolution: fewer are not worth what there is to compile
+PRODUCTS = 2**27  # of the plain convolution: fewer are not worth what there is to compile
 
 
 def pays(
@@ -29,15 +29,23 @@ def pays(
 ) -> bool:
     """Whether a CPU is to take Winograd's algorithm, from shapes alone.
 
-    Time over that of XLA:CPU's convolution, of C to C channels, with the kernel's transform in it
-    and, in brackets, outside of a scan (2 cores, medians in turns; 0.1 either way is noise):
+    Its time over that of XLA:CPU's convolution, inside a scan where the kernel is transformed once
+    before it, and alone (2 busy cores, medians in turns; 0.1 either way is noise):
 
-    | pixels, C | batch 1     | batch 8     | batch 16    |
-    |-----------|-------------|-------------|-------------|
-    TABLE
+    | H, W; C_in to C_out | batch 1      | batch 8      | batch 16     |
+    |---------------------|--------------|--------------|--------------|
+    | 32; 128 to 128      | 0.60 and 1.0 | 0.53 and 0.6 | 0.48 and 0.5 |
+    | 32; 256 to 128      | 0.62 and 0.8 | 0.53 and 0.5 | 0.58 and 0.5 |
+    | 16; 256 to 256      | 0.66 and 1.0 | 0.60 and 0.6 | 0.57 and 0.6 |
+    | 16; 512 to 256      | 0.56 and 0.7 | 0.53 and 0.6 | 0.61 and 0.6 |
+    | 32; 64 to 64        | 0.73 and 0.8 | 0.80 and 0.7 | 0.62 and 0.7 |
+    | 8; 256 to 256       | 0.78 and 1.1 | 0.59 and 0.6 | 0.58 and 0.6 |
+    | 4; 256 to 256       | 1.2 and 1.6  | 0.72 and 1.1 | 0.74 and 0.9 |
+    | 32; 32 to 32        | 1.1 and 0.9  | 1.1 and 1.2  | 1.0 and 0.9  |
 
-    Below 12 × 12 pixels it pays too, but what it takes off a network there is less than the
-    compilation of each shape, 0.13 s, is worth.
+    Each shape costs 0.13 s to compile, so it is not taken where a network has little to gain:
+    below 12 × 12 pixels, 64 channels or `PRODUCTS`. F(4×4, 3×3) takes as long and is twenty times
+    less exact.
 
     Args:
       y: (B, H', W') of the output.
@@ -143,7 +151,7 @@ def _x_bar(y_bar: jax.Array, x: Any, kernel: jax.Array, **params: Any) -> jax.Ar
 
 def _shape(x: Any, kernel: Any, **params: Any) -> Any:
     like = (jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (x, kernel))
-    y = jax.eval_shape(partial(plain, **params), *like)
+    y = jax.eval_shape(lambda x, kernel: plain(x, kernel, **params), *like)
     return jax.core.ShapedArray(y.shape, y.dtype)
 
 
