@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import frechet_distance, moments
+from ddim_jax.generation.exploring import explore_page, of_dataset
 from ddim_jax.networks.unet import build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.pictures.images import grid, to_model
@@ -30,6 +31,7 @@ STEPS = (10, 20, 50)
 ETAS = (0.0, 1.0)
 CHUNK = 100  # images in one call of the sampler
 SHOWN = 36  # images in a panel
+EXPLORED = 5  # images of the explorer, and places on their paths
 Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels in [−1, 1]
 
 
@@ -109,6 +111,7 @@ def run(
     drawn = {name: plots.png_bytes(figure) for name, figure in pictures.items()}
     for name, png in drawn.items():
         write_whole(out / name, png)
+    write_whole(out / "explorer.html", _explorer(model, dataset).encode())
     write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     html = _page(out, dataset, cells, scores, results, drawn)
     write_whole(page, html.encode())  # last: it is finished
@@ -181,6 +184,18 @@ def _trajectory(model: Model) -> plots.Figure:
     return plots.trajectory_strip(path.t, np.asarray(path.x_t), np.asarray(path.x_0))
 
 
+def _explorer(model: Model, dataset: Dataset) -> str:
+    return explore_page(
+        model,
+        "the demo's digits",
+        None,
+        of_dataset(model, dataset, EXPLORED),
+        num_images=EXPLORED,
+        steps=STEPS,
+        num_positions=EXPLORED,
+    )
+
+
 def _page(
     out: pathlib.Path,
     dataset: Dataset,
@@ -210,6 +225,8 @@ def _page(
             f"number of steps S and each η: {results['seconds']:.0f} seconds, training "
             f"{results['training_seconds']:.0f} of them. Every panel starts from the same x_T: "
             "at η = 0 the same latents give the same digits whatever S is.</p>",
+            '<p><a href="explorer.html"><b>Open the explorer</b></a>: sliders for S, η, the path '
+            "between two x_T and t, and real digits encoded and decoded.</p>",
             plots.panels_html(panels, rows=len(ETAS)),
             "<h2>Fréchet distance in pixel space</h2>",
             plots.table_html(["", *(f"S = {s}" for s in STEPS), "real"], rows),

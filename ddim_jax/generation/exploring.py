@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, image_keys
-from ddim_jax.pictures.explorer import Codes, Exploration, Path
+from ddim_jax.data import Dataset
+from ddim_jax.generation.condition import condition, name_of
+from ddim_jax.pictures.explorer import SMALL, Codes, Exploration, Path, explorer_html
 from ddim_jax.pictures.images import to_model, to_uint8
 from ddim_jax.process.spacing import timesteps
 from ddim_jax.sampling import ddim, encoder, initial_noise, reconstruction_error, slerp
@@ -175,3 +177,66 @@ def _codes(
         parts.append((ups[-1], downs[-1], np.asarray(reconstruction_error(x_0, back))))
     x_Ts, decoded, errors = (np.stack(part) for part in zip(*parts))
     return Codes(originals.images, x_Ts, decoded, errors, originals.names, originals.origin)
+
+
+class Usual(NamedTuple):
+    """What a page of some megabytes has room for."""
+
+    images: int
+    positions: int
+    frames: int
+
+
+def usual_number(model: Model) -> Usual:
+    """Of the model's size."""
+    height, width, _ = model.image_shape
+    return Usual(10, 9, 8) if height * width <= SMALL else Usual(4, 5, 5)
+
+
+def explore_page(
+    model: Model,
+    title: str,
+    labels: np.ndarray | None,
+    originals: Originals | None,
+    *,
+    num_images: int,
+    **options: Any,
+) -> str:
+    """The page of what `explore` draws, with the names of the classes.
+
+    Args:
+      model, labels, originals, options: as in `explore`.
+      title: what the model is called.
+      num_images: N.
+    """
+    if model.image_shape[2] not in (1, 3):
+        raise ValueError(f"images of {model.image_shape[2]} channels are no pictures (1 or 3 are)")
+    numbers = [] if labels is None else labels.tolist()
+    names = [name_of(model, label) for label in numbers] or [""] * num_images
+    explored = explore(model, names, labels, originals, **options)
+    height, width, _ = model.image_shape
+    about = (
+        f"{num_images} images of {height}×{width} from the model {title}, drawn beforehand with "
+        "every setting of these sliders. Each slider moves the same images."
+    )
+    return explorer_html(f"DDIM explorer: {title}", about, explored)
+
+
+def no_labels(model: Model, count: int) -> np.ndarray | None:
+    """The class "none" for each, of a network with classes; an error where it knows no such."""
+    classes = getattr(model.config, "num_classes", None)
+    return condition(model, None if classes is None else "none").of(np.arange(count))
+
+
+def of_dataset(model: Model, dataset: Dataset, count: int) -> Originals:
+    """The first images, with their classes where the network's are the same."""
+    taken = dataset.take(np.arange(min(count, len(dataset))))
+    size = len(taken["image"])
+    classes = getattr(model.config, "num_classes", None)
+    if classes is None or classes != dataset.num_classes:
+        labels, names = no_labels(model, size), [""] * size
+    else:
+        labels = np.asarray(taken["label"], np.int32)
+        names = [name_of(model, label) for label in labels.tolist()]
+    origin = f"The originals are the first images of {dataset.name}, {dataset.split}."
+    return Originals(np.asarray(taken["image"]), labels, names, origin)
