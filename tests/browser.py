@@ -92,9 +92,10 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=pathlib.Path(path).resolve().as_uri())
         for _ in range(200):
-            if self.run("document.documentElement.dataset.ready || ''") == "yes":
+            if self.run("document.documentElement?.dataset.ready || ''") == "yes":
                 return
             time.sleep(0.05)
         raise AssertionError("the page was not ready within 10 s")

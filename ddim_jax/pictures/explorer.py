@@ -143,8 +143,7 @@ def explorer_html(title: str, about: str, explored: Exploration) -> str:
         "TITLE": html.escape(title),
         "ABOUT": html.escape(about),
         "ORIGIN": html.escape(codes.origin),
-        "KEPT": f"{numbers.max() + 1:,} "
-        f"different images of {h}×{w}, kept {lossy}",
+        "KEPT": f"{numbers.max() + 1:,} different images of {h}×{w}, kept {lossy}",
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "SHEET": "data:image/webp;base64," + _text(sheet.webp),
     }
