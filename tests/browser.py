@@ -26,17 +26,13 @@ class Browser:
         self.back, to_write = os.pipe()
         self.folder = tempfile.mkdtemp()
 
-        def pipes():  # Chromium reads from 3 and writes to 4
-            a, b = os.dup(to_read), os.dup(to_write)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
+        # Chromium reads from 3 and writes to 4
+        script = f'exec "$0" "$@" 3</dev/fd/{to_read} 4>/dev/fd/{to_write}'
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
         flags += ["--disable-dev-shm-usage", "--remote-debugging-pipe", "--disable-extensions"]
         self.process = subprocess.Popen(
-            [program, *flags, f"--user-data-dir={self.folder}", "about:blank"],
-            preexec_fn=pipes,
-            close_fds=False,
+            ["sh", "-c", script, program, *flags, f"--user-data-dir={self.folder}", "about:blank"],
+            pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

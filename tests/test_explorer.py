@@ -186,7 +186,8 @@ def test_own_pictures_and_own_samples(tmp_path, monkeypatch, one_device):
     schedule = ScheduleConfig(num_steps=20, beta_end=0.5)
     facts = to_facts(schedule, config) | {"label_names": ["a", "b", "c"]}
     facts |= {"train": {"label_dropout": 0.1}}
-    save_model(tmp_path / "m.safetensors", params, facts)
+    network = ddim.Model(apply_fn, params, schedule.build(), config, facts)
+    save_model(tmp_path / "m.safetensors", network)
     monkeypatch.chdir(tmp_path)
     few = {"steps": (2,), "positions": 2, "frames": 2, "num_images": 2, "etas": (0.0,)}
     explore(Source(), "m.safetensors", **few)
@@ -262,20 +263,18 @@ def test_in_a_browser(page, tmp_path):
             assert (sum(map(int, re.findall(r"\d+", colour))) < 200) == dark
             for control, ids in CONTROLS.items():
                 tab.run(f"document.getElementById('{control}').focus()")
-                tab.press("End")
+                tab.press("Home")
                 before = [tab.run(SHOWN.replace("ID", id)) for id in ids]
                 said = tab.run(f"document.getElementById('{control}-value').textContent")
-                tab.press("ArrowLeft")
+                tab.press("ArrowRight")
                 after = [tab.run(SHOWN.replace("ID", id)) for id in ids]
                 assert all(a != b for a, b in zip(before, after)), control
                 assert tab.run(f"document.getElementById('{control}-value').textContent") != said
-                tab.press("ArrowRight")
+                tab.press("ArrowLeft")
                 assert [tab.run(SHOWN.replace("ID", id)) for id in ids] == before
-        order = []
-        tab.run("document.activeElement.blur(); scrollTo(0, 0)")
-        for _ in CONTROLS:
+        tab.run("document.getElementById('steps').focus()")
+        for control in list(CONTROLS)[1:]:
             tab.press("Tab")
-            order.append(tab.run("document.activeElement.id"))
-        assert sorted(order) == sorted(CONTROLS)
+            assert tab.run("document.activeElement.id") == control
         assert tab.complaints() == []
         assert {url.split("/")[-1] for url in tab.requests()} == {"page.html"}
