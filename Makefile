@@ -23,7 +23,7 @@ demo: $(VENV)/.train
 # Killed and called again, it goes on; finished experiments only write their results anew.
 paper: $(VENV)/.train
 	set -e; for name in $(PAPER); do \
-	  $(BIN)/python -m experiments.$$name --model $(MODEL) --out $(RESULTS)/$$name; done
+	  $(BIN)/python -m experiments.$$name --model $(MODEL) --or-not-run --out $(RESULTS)/$$name; done
 	$(BIN)/python -m experiments.discrete --out $(RESULTS)/discrete
 	$(BIN)/python -m experiments.table3 --out $(RESULTS)/table3
 	$(BIN)/python -m experiments.report $(RESULTS)

@@ -73,6 +73,10 @@ def parse(
         )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
+    parser.add_argument("--seconds", type=int, help="begin no further batch after so long")
+    parser.add_argument(
+        "--or-not-run", action="store_true", help="where the data are not at hand, say so and end"
+    )
     parser.add_argument("--full", action="store_true", help="the paper's sizes as defaults")
     full = {**small, **(full or {})}
     for option, default in small.items():

@@ -2,7 +2,7 @@
 
 results/table1/settings.json         all that determines the numbers
                cells/eta0-S10.json   one finished cell each: a killed run goes on from here
-               samples/eta0-S10/     the images behind a cell, see `ddim_jax.generate`
+               samples/eta0-S10/     the images behind a cell, see `experiments.pipeline`
                reference.npz         statistics of the data
                result.json           every cell, with versions, device and command
                figure.png
@@ -24,22 +24,11 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.data import Dataset
-from ddim_jax.evaluation import (
-    Extractor,
-    Reference,
-    evaluate,
-    frechet_jackknife,
-    moments,
-    parse_extractor,
-    reference_statistics,
-)
-from ddim_jax.generation.shards import generate, iter_shards
-from ddim_jax.networks.unet import make_apply
 from ddim_jax.pictures import plots
-from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.storage.files import portable
 from ddim_jax.training.presets import DataConfig
-from experiments.arguments import noise, num_images
+from experiments.arguments import num_images
+from experiments.judging import Cell, Judge
 from experiments.provenance import (
     data_config,
     device,
@@ -49,13 +38,13 @@ from experiments.provenance import (
     write,
     write_json,
 )
+from experiments.stepping import Stepper, stepper
 
 FORMAT = 1
-Cell = dict[str, Any]
 
 
 @dataclasses.dataclass
-class Experiment:
+class Experiment(Judge):
     """One experiment in one folder: its model, data and extractor, and the cells already done."""
 
     name: str
@@ -64,15 +53,17 @@ class Experiment:
     @functools.cached_property
     def model(self) -> ddim.Model:
         """The network, what it predicts, and its schedule."""
-        args = self.args
-        schedule = args.schedule and ScheduleConfig(args.schedule)
-        model = ddim.load_model(args.model or "digits", config=args.config, schedule=schedule,
-                                prediction=args.prediction)  # fmt: skip
-        if args.dtype in (None, model.config.dtype):
-            return model
-        config = dataclasses.replace(model.config, dtype=args.dtype)
-        apply_fn = ddim.predicts(make_apply(config), model.prediction.kind)
-        return model._replace(config=config, apply_fn=apply_fn)
+        return self._loaded.model
+
+    @property
+    def _loaded(self) -> Stepper:
+        a = self.args
+        return stepper(a.model or "digits", a.config, a.schedule, a.prediction, a.dtype)
+
+    @functools.cached_property
+    def stepper(self) -> Stepper:
+        """What draws with the model: that of the process, so that nothing is compiled twice."""
+        return self._loaded if self.model is self._loaded.model else Stepper(self.model)
 
     @functools.cached_property
     def data_config(self) -> DataConfig:
@@ -90,15 +81,18 @@ class Experiment:
             )
         return dataset
 
-    @functools.cached_property
-    def extractor(self) -> Extractor:
-        """What `--extractor` names."""
-        return parse_extractor(self.args.extractor)()
-
-    @functools.cached_property
-    def reference(self) -> Reference:
-        """Statistics of the data, computed once for the folder."""
-        return reference_statistics(self.args.out / "reference.npz", self.dataset, self.extractor)
+    def without_data(self) -> Cell | None:
+        """With --or-not-run, where the data are not at hand: a `result.json` that says so."""
+        if not self.args.or_not_run:
+            return None
+        try:
+            self.data_config.load(self.args.data_dir)
+        except (ValueError, ImportError) as error:
+            if isinstance(error, ValueError) and not str(error).startswith("no data set"):
+                raise
+            reason = f"{self.data_config.name}, its data, is not at hand"
+            return not_run(self.name, self.args, reason)
+        return None
 
     @functools.cached_property
     def spacing(self) -> str:
@@ -127,7 +121,15 @@ class Experiment:
           ValueError: it holds this experiment with other settings; each is named.
         """
         ignored = {"out", "data_dir", "data", "extractor", "command", "full"}
-        ignored |= {"model", "config", "schedule", "prediction", "dtype"}  # see the model's digest
+        ignored |= {
+            "seconds",
+            "or_not_run",
+            "model",
+            "config",
+            "schedule",
+            "prediction",
+            "dtype",
+        }  # see the model's digest
         chosen = {k: v for k, v in vars(self.args).items() if k not in ignored}
         self.settings = json.loads(
             json.dumps(
@@ -146,7 +148,10 @@ class Experiment:
                     "\n".join([f"{out} has other settings; choose another --out:", *lines])
                 )
         elif out.exists() and any(
-            p.suffix != ".tmp" and (p.name != "result.json" or is_run(out)) for p in out.iterdir()
+            p.suffix != ".tmp"
+            and p.name != "reference.npz"  # of another experiment's data; checked when it is read
+            and (p.name != "result.json" or is_run(out))
+            for p in out.iterdir()
         ):
             raise FileExistsError(f"{out} holds something else; choose another --out")
         else:
@@ -164,6 +169,10 @@ class Experiment:
             more |= {"extractor": [self.extractor.name, self.extractor.digest]}
         self.begin(**more)
 
+    def has(self, key: str) -> bool:
+        """Whether that cell is finished."""
+        return (self.args.out / "cells" / f"{key}.json").exists()
+
     def cell(self, key: str, compute: Callable[[], Cell]) -> Cell:
         """The finished cell of that name, or else the computed one, which is kept.
 
@@ -175,84 +184,17 @@ class Experiment:
           The dict, with the seconds it took and the device it ran on.
         """
         path = self.args.out / "cells" / f"{key}.json"
-        if path.exists():
+        if self.has(key):
             return read_json(path)
         path.parent.mkdir(exist_ok=True)
         began = time.perf_counter()
         cell = compute()
-        cell |= {"seconds": time.perf_counter() - began, "device": device()}
+        seconds = time.perf_counter() - began + cell.get("drawing_seconds", 0.0)
+        cell |= {"seconds": seconds, "device": device()}
         write_json(path, cell)
         numbers = [f"{k} {v:.4g}" for k, v in cell.items() if isinstance(v, int | float)]
         print(f"{self.name} {key}: {', '.join([*numbers[:3], numbers[-1]])}", flush=True)
         return read_json(path)
-
-    def draw(self, eta: str, steps: int, spacing: str | None = None) -> pathlib.Path:
-        """A folder of images, image k from the same x_T in every cell; resumes."""
-        number, spacing = self.num_images(steps), spacing or self.spacing
-        batch = min(self.args.batch_size, number)
-        return generate(
-            self.model,
-            self.args.out / "samples" / f"eta{eta}-S{steps}-{spacing}",
-            number,
-            self.tau(steps, spacing),
-            seed=self.args.seed,
-            batch_size=batch,
-            shard_size=batch * max(1, 1000 // batch),
-            progress=False,
-            **{"clip": getattr(self.args, "clip", False)} | noise(eta),
-        )
-
-    def drawn(self, eta: str, steps: int, spacing: str | None = None) -> np.ndarray:
-        """The images of `draw`, uint8 (n, H, W, C)."""
-        return np.concatenate(list(iter_shards(self.draw(eta, steps, spacing))))
-
-    def score(self, images: Any) -> Cell:
-        """Figures of uint8 images against the data: FD with its standard error, KD, precision.
-
-        Args:
-          images: uint8 (n, H, W, C), or a list of such shards.
-
-        Returns:
-          {"name", "distance", "se", "kernel", "precision", "recall", "num_images"}.
-        """
-        number = sum(map(len, images)) if isinstance(images, list) else len(images)
-        blocks = jackknife_blocks(number)
-        found = evaluate(images, self.reference, self.extractor, blocks=blocks)
-        return {
-            "name": found.frechet.name,
-            "distance": found.frechet.value,
-            "se": found.frechet.se,
-            "kernel_name": found.kernel.name,
-            "kernel": found.kernel.value,
-            "kernel_se": found.kernel.se,
-            "precision": found.precision.value,
-            "recall": found.recall.value,
-            "num_images": found.size,
-            "blocks": blocks,
-        }
-
-    def floor(self, number: int) -> Cell:
-        """What real images score at `number`, on which the distance depends.
-
-        Half against half: min(number, N/2) random images of the odd-numbered half of the data,
-        against all of the even-numbered one.
-        """
-
-        def compute() -> Cell:
-            from ddim_jax.evaluation import features
-
-            rng = np.random.default_rng(self.args.seed)
-            even, odd = np.arange(0, len(self.dataset), 2), np.arange(1, len(self.dataset), 2)
-            some = rng.permutation(odd)[:number]
-            x, y = (
-                np.concatenate(list(features(self.extractor, self.dataset.take(half)["image"])))
-                for half in (some, even)
-            )
-            value, se = frechet_jackknife(x, moments(y), jackknife_blocks(len(x)))
-            name = self.extractor.frechet_name
-            return {"name": name, "distance": value, "se": se, "num_images": len(x)}
-
-        return self.cell(f"floor-n{number}", compute)
 
     def finish(self, cells: Any, figure: Any, caption: str, **more: Any) -> Cell:
         """Writes `result.json` and `figure.png`.
@@ -293,11 +235,6 @@ def sizes(counts: Mapping[int, int]) -> str:
     if len(set(counts.values())) == 1:
         return f"{next(iter(counts.values())):,} each"
     return ", ".join(f"{n:,} at S = {s}" for s, n in counts.items())
-
-
-def jackknife_blocks(number: int) -> int:
-    """20 where there are enough samples."""
-    return max(2, min(20, number // 2))
 
 
 def not_run(name: str, args: argparse.Namespace, reason: str) -> Cell:

@@ -111,10 +111,12 @@ def _judge(experiment: Experiment, model: ddim.Model, tau: Any, method: str, see
     number, size = experiment.num_images(len(tau)), experiment.args.batch_size
     sampler = ddim.make_sampler(model, tau, method=find_method(method))
     key = jax.random.key(seed)
-    parts = []
+    parts, classes = [], model.config.num_classes
     for first in range(0, number, size):
-        x_T = ddim.initial_noise(key, np.arange(first, first + size) % number, model.image_shape)
-        parts.append(jax.device_get(to_uint8(sampler(x_T))))
+        numbers = np.arange(first, first + size) % number
+        x_T = ddim.initial_noise(key, numbers, model.image_shape)
+        labels = {} if classes is None else {"labels": numbers.astype(np.int32) % classes}
+        parts.append(jax.device_get(to_uint8(sampler(x_T, **labels))))
     return experiment.score(np.concatenate(parts)[:number])
 
 

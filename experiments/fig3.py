@@ -8,18 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from experiments import drawing
+from experiments import drawing, pipeline
 from experiments.arguments import parse, row_label, run
 from experiments.common import Cell, Experiment
 
 SMALL = {"steps": [10, 20, 50, 100], "eta": ["0", "1", "hat"], "num_images": ["36"],
-         "clip": False}  # fmt: skip
+         "shown": 36, "clip": False}  # fmt: skip
 FULL = {"steps": [10, 100]}
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Draws the grid."""
-    args = parse("fig3", __doc__.splitlines()[0], argv, SMALL, FULL, without=["extractor"])
+    args = parse(
+        "fig3",
+        __doc__.splitlines()[0],
+        argv,
+        SMALL,
+        FULL,
+        without=["extractor"],
+        shown="images in each panel",
+    )
     experiment = Experiment("fig3", args)
     rows = {eta: row_label(eta) for eta in args.eta}
     experiment.begin_with_model(data=False)
@@ -28,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         for eta, row in rows.items():
             cell = experiment.cell(f"eta{eta}-S{s}", partial(_draw, experiment, eta, s))
             cells.append({"eta": eta, "S": s, **cell})
-            panels[row, f"S = {s}"] = images = experiment.drawn(eta, s)
+            panels[row, f"S = {s}"] = images = pipeline.drawn(experiment, eta, s)[: args.shown]
     ordered = {(row, f"S = {s}"): panels[row, f"S = {s}"] for row in rows.values() for s in
                args.steps}  # fmt: skip
     caption = (
@@ -39,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
 
 
 def _draw(experiment: Experiment, eta: str, steps: int) -> Cell:
-    return {"num_images": len(experiment.drawn(eta, steps))}
+    return {"num_images": len(pipeline.drawn(experiment, eta, steps))}
 
 
 if __name__ == "__main__":

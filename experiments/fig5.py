@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import drawing
+from experiments import drawing, pipeline
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
 from experiments.table2 import mean_se
@@ -31,10 +31,14 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         raise ValueError(f"fig5 compares the same images at every S, got numbers {numbers}")
     experiment.begin_with_model(data=False)
     steps = sorted(args.steps)
-    longest = experiment.drawn("0", steps[-1], "linear")
-    rows = {("η = 0, linear", s): experiment.drawn("0", s, "linear") for s in steps[:-1]}
-    rows |= {("η = 0, quadratic", s): experiment.drawn("0", s, "quadratic") for s in steps[:-1]}
-    rows |= {("η = 1, linear", s): experiment.drawn("1", s, "linear") for s in steps[-2:-1]}
+    longest = pipeline.drawn(experiment, "0", steps[-1], "linear")
+    rows = {("η = 0, linear", s): pipeline.drawn(experiment, "0", s, "linear") for s in steps[:-1]}
+    rows |= {
+        ("η = 0, quadratic", s): pipeline.drawn(experiment, "0", s, "quadratic") for s in steps[:-1]
+    }
+    rows |= {
+        ("η = 1, linear", s): pipeline.drawn(experiment, "1", s, "linear") for s in steps[-2:-1]
+    }
     rows["other x_T", steps[-1]] = np.roll(longest, 1, axis=0)
     cells = [{"what": w, "S": s, **agreement(x, longest)} for (w, s), x in rows.items()]
     shown = {f"{w}, S = {s}": x[: args.shown] for (w, s), x in rows.items() if w != "other x_T"}

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> Cell:
                          f"{args.steps}, {args.points} and {args.paths}")  # fmt: skip
     args.shown = min(args.shown, args.paths)
     experiment = Experiment("fig6", args)
+    if lacking := experiment.without_data():
+        return lacking
     experiment.begin_with_model()
     paths: list[np.ndarray] = []
 
@@ -68,10 +70,17 @@ def decode(experiment: Experiment) -> np.ndarray:
     weights = jnp.asarray(np.tile(np.linspace(0, 1, args.points), args.paths), x_T.dtype)
     latents = ddim.slerp(a, b, weights)
     tau = experiment.tau(args.steps[0])
-    sampler = ddim.make_sampler(model, tau)
-    starts = range(0, len(latents), args.batch_size)
-    parts = [sampler(latents[i : i + args.batch_size]) for i in starts]
-    images = np.asarray(to_model(np.asarray(to_uint8(jnp.concatenate(parts)))))
+    plan, devices = ddim.ddim()(model.schedule, tau), len(jax.local_devices())
+    size = min(args.batch_size, -(-len(latents) // devices)) * devices
+    latents = jnp.resize(latents, (-(-len(latents) // size) * size, *model.image_shape))
+    unused: Cell = {
+        "key": jax.random.key(0),
+        "numbers": np.zeros(size, np.uint32),
+    }  # no noise is added
+    starts = range(0, len(latents), size)
+    parts = [experiment.stepper.run(latents[i : i + size], plan, **unused) for i in starts]
+    drawn = np.asarray(to_uint8(jnp.concatenate(parts)))
+    images = np.asarray(to_model(drawn[: args.paths * args.points]))
     return images.reshape(args.paths, args.points, *model.image_shape)
 
 
@@ -104,7 +113,9 @@ def _rms(x: np.ndarray) -> np.ndarray:
 
 def _nearest(images: np.ndarray, data: np.ndarray) -> np.ndarray:
     """(n,) RMS distance of each image to the nearest one of the data."""
-    return np.array([_rms(data - image[None]).min() for image in images])
+    x, y = (v.reshape(len(v), -1).astype(np.float64) for v in (images, data))
+    squared = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+    return np.sqrt(np.maximum(squared.min(axis=1), 0) / x.shape[1])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from ddim_jax.sampling.plan import run as run_plan
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.presets import Preset
 from ddim_jax.training.step import TrainState, ema_rate, init_state, make_optimizer
-from experiments.common import Cell, Experiment, jackknife_blocks
+from experiments.common import Cell, Experiment
+from experiments.judging import jackknife_blocks
 
 NUMBERS = ("num_updates", "learning_rate", "warmup_steps", "grad_clip", "adam_b1", "adam_b2",
            "adam_eps", "ema_decay", "seed")  # fmt: skip

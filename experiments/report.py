@@ -102,6 +102,7 @@ def _section(result: dict[str, Any]) -> list[str]:
     return [
         f"<h3>{html.escape(result['folder'])}</h3>",
         *TABLES.get(result["experiment"], lambda _: [])(result),
+        *([f"<p><b>Not run</b>: {' '.join(gone)}.</p>"] if (gone := result.get("missing")) else []),
         plots.figure_html(result["png"], result["caption"]) if result["png"] else "",
         f'<p class="note">{html.escape(where)}<br>'
         f"<code>{html.escape(result['command'])}</code></p>",
@@ -174,10 +175,14 @@ def _distance_rows(result: dict[str, Any], steps: list[int], counts: dict[int, i
 def _table1(result: dict[str, Any]) -> list[str]:
     cells = result["cells"]
     steps, rows = _grid(cells, "eta", row_label, lambda c: _pm(c["distance"], c["se"]))
-    counts = {c["S"]: c["num_images"] for c in cells}
-    rows += _distance_rows(result, steps, counts)
-    name = result["name"]
-    return [plots.table_html([name, *(f"S = {s}" for s in steps)], rows)]
+    rows += _distance_rows(result, steps, {c["S"]: c["num_images"] for c in cells})
+    header = [f"S = {s}" for s in steps]
+    tables = [plots.table_html([result["name"], *header], rows)]
+    for key, se in (("kernel", "kernel_se"), ("precision", ""), ("recall", "")):
+        if key in cells[0]:
+            _, rows = _grid(cells, "eta", row_label, lambda c, k=key, e=se: _pm(c[k], c.get(e)))
+            tables.append(plots.table_html([cells[0].get(f"{key}_name", key), *header], rows))
+    return tables
 
 
 def _table2(result: dict[str, Any]) -> list[str]:
@@ -195,7 +200,17 @@ def _table2(result: dict[str, Any]) -> list[str]:
              f"{e['num_images']:,}"] if e else [NOT_RUN, "", "", ""]
         ))  # fmt: skip
     note = '<p class="note">“Its error” is that of the converged images alone.</p>'
-    return [plots.table_html(header, rows), note]
+    return [plots.table_html(header, rows), note, *map(_reach, result.get("reach", []))]
+
+
+def _reach(cell: dict[str, Any]) -> str:
+    """Which step errs: the error where encoding ends at each t."""
+    head = f"S = {cell['S']}: encoded no farther than t ({cell['num_images']:,} images)"
+    rows = [
+        [f"ε at the {where}", *map(_pm, cell[where], cell[f"{where}_se"])]
+        for where in ("target", "source")
+    ]
+    return plots.table_html([head, *map(str, cell["t"])], rows)
 
 
 def _fig4(result: dict[str, Any]) -> list[str]:

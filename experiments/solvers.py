@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> Cell:
     args = parse("solvers", __doc__.splitlines()[0], argv, SMALL, FULL, without=["spacing"], **HELP)
     experiment = Experiment("solvers", args)
     _check(experiment)
+    if not args.rms_only and (lacking := experiment.without_data()):
+        return lacking
     experiment.begin_with_model(data=not args.rms_only)
     bench, cells = _Bench(experiment), []
     for s in args.steps:

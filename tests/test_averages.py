@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddim_jax.storage.weights_file import load_weights
 from ddim_jax.training import averages, fit
-from ddim_jax.training.averages import SIGMA_RELS, Averages, exponent, weights_of
+from ddim_jax.training.averages import SIGMA_RELS, exponent, weights_of
 from tests.tiny import SCHEDULE, affine, affine_params, make_config, make_dataset
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -33,13 +34,14 @@ def test_the_width_is_that_asked_for(sigma_rel):
 def test_the_update_is_the_average(tmp_path):
     rng, length = np.random.default_rng(0), 40
     path = rng.normal(size=(length, 3)).cumsum(0)
-    kept = Averages(tmp_path, {"w": jnp.zeros(3)}, 0)
+    like, follow = {"w": jnp.zeros(3)}, jax.jit(averages.follow)
+    kept = averages.begin(tmp_path, like, 0)
     for step in range(1, length + 1):
         if step == 17:  # stored and taken up
-            kept.save(16)
-            kept = Averages(tmp_path, {"w": jnp.zeros(3)}, 16)
-        kept.update({"w": jnp.asarray(path[step - 1], jnp.float32)}, step)
-    kept.save(length)
+            averages.store(tmp_path, kept, 16)
+            kept = averages.begin(tmp_path, like, 16)
+        kept = follow(kept, {"w": jnp.asarray(path[step - 1], jnp.float32)}, jnp.int32(step))
+    averages.store(tmp_path, kept, length)
     stored, _ = load_weights(tmp_path / "averages" / "00000040.safetensors")
     for sigma_rel in SIGMA_RELS:  # float32 sums of numbers of order 5
         direct = profile(sigma_rel, length, length) @ path
@@ -64,7 +66,7 @@ def test_any_width_is_the_best_sum_of_those_stored(sigma_rel, count):
 
 
 def run(directory, updates=12, **options):
-    config = make_config(post_hoc=True, num_updates=updates, sample_every=0)
+    config = make_config(post_hoc=True, num_updates=updates, sample_every=0, log_every=1)
     return fit(
         affine, affine_params(), SCHEDULE, make_dataset(), config, directory,
         facts={"model": {"kind": "affine"}}, progress=False, **options,
@@ -73,13 +75,12 @@ def run(directory, updates=12, **options):
 
 def test_a_run_stores_them_with_its_checkpoints_and_goes_on(tmp_path, monkeypatch):
     path = []
-    monkeypatch.setattr(
-        Averages, "update",
-        lambda self, params, step, old=Averages.update: (
-            path.append(np.float64([params["w"], params["b"]])), old(self, params, step))[1],
-    )  # fmt: skip
-    run(tmp_path, 4)
-    run(tmp_path, 12, resume="must")
+
+    def keep(state, line):
+        path.append(np.float64([state.params["w"], state.params["b"]]))
+
+    run(tmp_path, 4, on_log=keep)
+    run(tmp_path, 12, resume="must", on_log=keep)
     assert [int(p.stem) for p in sorted((tmp_path / "averages").iterdir())] == [4, 8, 12]
 
     def like(run):  # of our U-Net alone does load_model know

@@ -1,10 +1,12 @@
 """Every experiment, run small: numbers against independent ones, resuming, refusing, the page."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import pathlib
 import re
+import time
 import types
 
 import jax
@@ -23,6 +25,7 @@ from ddim_jax.training.presets import PRESETS
 from ddim_jax.training.step import init_state, make_train_step
 from experiments import (
     arguments,
+    cifar10,
     claims,
     common,
     discrete,
@@ -31,12 +34,15 @@ from experiments import (
     fig4,
     fig5,
     fig6,
+    markdown,
     objectives,
     on_device,
     paper_numbers,
+    pipeline,
     provenance,
     report,
     solvers,
+    stepping,
     table1,
     table2,
     table3,
@@ -44,7 +50,8 @@ from experiments import (
 
 TINY = {
     "table1": "--steps 2 5 --eta 0 hat --num-images 16 5=24 --batch-size 4 --seed 3",
-    "table2": "--steps 2 5 --num-images 6 --exact-steps 5 --exact-samples 4 --max-iterations 40",
+    "table2": "--steps 2 5 --num-images 6 --exact-steps 5 --exact-samples 4 --max-iterations 40 "
+    "--reach-steps 5 --reach-samples 6",
     "table3": "",
     "fig3": "--steps 2 --eta 0 hat --num-images 4 --batch-size 4 --clip",
     "fig4": "--steps 2 5 8 --num-images 4 --repeats 2",
@@ -143,9 +150,6 @@ def test_quad_takes_the_steps_that_the_authors_visit(tmp_path):
     words = "--spacing quad --steps 100 --eta 0 --num-images 4 --batch-size 4"
     result = table1.main([*words.split(), "--out", str(tmp_path / "quad")])
     assert result["cells"][0]["network_calls"] == 96
-    (settings,) = tmp_path.glob("quad/samples/*/settings.json")
-    tau = np.unique((np.linspace(0, np.sqrt(800), 100) ** 2).astype(int)) + 1
-    assert json.loads(settings.read_text())["tau"] == tau.tolist()
 
 
 @pytest.mark.slow
@@ -157,7 +161,6 @@ def test_clip_clips_every_row(results):
     clipped = np.asarray(to_uint8(ddim.sample(denoise, x_T, model.schedule, tau)))
     (path,) = (results[0] / "fig3" / "samples" / "eta0-S2-linear").glob("*.npy")
     np.testing.assert_allclose(np.load(path).astype(int), clipped, atol=1)
-    assert json.loads((path.parent / "settings.json").read_text())["clip"]
 
 
 @pytest.mark.slow
@@ -165,7 +168,7 @@ def test_table2_is_eq_13_up_and_down(results):
     result = results[1]["table2"]
     model, images = ddim.load_model("digits"), load("digits").arrays()["image"]
     alpha_bar = np.exp(np.asarray(model.schedule.log_alpha_bar, np.float64))
-    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(as_eps(model).apply_fn)
+    sigma, network = np.sqrt((1 - alpha_bar) / alpha_bar), jax.jit(model.apply_fn)
     x_0 = images[np.random.default_rng(0).permutation(1797)[:6]] / 127.5 - 1
 
     def step(x, t, s, label):  # x at s → x at t, by ε at `label`
@@ -185,6 +188,11 @@ def test_table2_is_eq_13_up_and_down(results):
         cell = result["cells"][1]
         assert cell[name] == pytest.approx(error.mean(), rel=1e-3)
         assert cell[se] == pytest.approx(error.std(ddof=1) / np.sqrt(6), rel=1e-3)
+        reached = result["reach"][0]
+        label = ("source", "target")[where]
+        assert reached["t"] == tau[1:]
+        assert reached[label][-1] == pytest.approx(cell[name], rel=1e-5)
+        assert sorted(reached[label]) == list(reached[label])  # each step adds to it
     exact = result["exact"][0]
     assert exact["error"] < cell["error"]
     assert 0 <= exact["converged"] <= 1
@@ -263,6 +271,7 @@ def as_eps(model):
 def test_a_network_of_eps_gives_the_same_figures(results, tmp_path, monkeypatch):
     model = as_eps(ddim.load_model("digits"))
     monkeypatch.setattr(ddim, "load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr(common, "stepper", stepping.stepper.__wrapped__)
     ours, other = ({}, {})
     for name in ("table2", "fig6"):
         by_eps = MAINS[name]([*TINY[name].split(), "--out", str(tmp_path / name)])
@@ -312,11 +321,11 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     argv += ["--out", str(tmp_path / "a")]
     score, calls = table1._score, []
 
-    def dies(experiment, eta, steps):
+    def dies(experiment, eta, steps, images):
         calls.append(eta)
         if eta == "1":
             raise KeyboardInterrupt
-        return score(experiment, eta, steps)
+        return score(experiment, eta, steps, images)
 
     monkeypatch.setattr(table1, "_score", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -335,6 +344,76 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         fig3.main(argv)
     with pytest.raises(FileExistsError, match="holds a result"):
         table3.main(["--out", str(tmp_path / "a")])
+
+
+def test_a_table_that_ends_early_says_what_it_lacks(tmp_path, monkeypatch):
+    argv = ["--steps", "2", "--eta", "0", "1", "--num-images", "8", "--batch-size", "4"]
+    argv += ["--out", str(tmp_path / "a"), "--seconds", "60"]
+    draw = pipeline.drawn
+
+    def late(*args):
+        images = draw(*args)
+        monkeypatch.setattr(pipeline, "STARTED", -1e9)
+        return images
+
+    monkeypatch.setattr(pipeline, "drawn", late)
+    first = table1.main(argv)
+    assert ([c["eta"] for c in first["cells"]], first["missing"]) == (["0"], ["eta1-S2"])
+    with pytest.raises(TimeoutError, match="no cell was finished"):
+        table1.main([*argv[:-3], str(tmp_path / "b"), *argv[-2:]])
+    monkeypatch.setattr(pipeline, "STARTED", time.monotonic())
+    monkeypatch.setattr(pipeline, "drawn", draw)
+    whole = table1.main(argv)
+    assert (whole["cells"][0], whole["missing"]) == (first["cells"][0], [])
+    words = argv[: argv.index("--out")]
+    assert cifar10.is_whole(tmp_path / "a", words)
+    assert not cifar10.is_whole(tmp_path / "a", ["--steps", "3", *words[2:]])
+
+
+@pytest.mark.parametrize("main", [table1.main, table2.main, fig6.main])
+def test_without_its_data_a_table_may_be_not_run(tmp_path, main):
+    words = ["--data", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="no data set 'mnist'"):
+        main(words)
+    assert main([*words, "--or-not-run"])["reason"] == "mnist, its data, is not at hand"
+
+
+def test_one_step_serves_every_plan():
+    """Image k is that of `sample`, η = 0 and 1, S = 2 and 3, by one compiled program."""
+    model = ddim.load_model("digits")
+    draws = stepping.Stepper(model)
+    keys = jax.random.split(jax.random.key(5))
+    for eta, tau in ((0.0, [500, 1000]), (1.0, [100, 500, 1000])):
+        images, finite = draws.draw(ddim.ddim(eta)(model.schedule, tau), 5, 3, 8, False)
+        x_T = ddim.initial_noise(keys[0], np.arange(3, 11), model.image_shape)
+        key = ddim.image_keys(keys[1], np.arange(3, 11))
+        x_0 = ddim.make_sampler(model, tau, eta)(x_T, key)
+        assert finite.all()
+        np.testing.assert_allclose(np.asarray(images, int), np.asarray(to_uint8(x_0), int), atol=1)
+    assert draws._step(False)._cache_size() == 1
+
+
+@pytest.mark.parametrize("part", cifar10.PARTS, ids=lambda part: part.folder)
+def test_the_parts_of_cifar10_are_taken(part, monkeypatch):
+    """Their words are those of the experiment; nothing is run."""
+    module = inspect.getmodule(part.main)
+    seen = []
+    monkeypatch.setattr(module, "Experiment", lambda name, args: seen.append(args) or 1 / 0)
+    for words in (part.words, part.rehearsal):
+        with pytest.raises(ZeroDivisionError):
+            part.main([*words.split(), "--seconds", "9"])
+    assert [args.seconds for args in seen] == [9, 9]
+
+
+@pytest.mark.slow
+def test_all_of_cifar10_in_one_go(tmp_path):
+    words = ["--model", "digits", "--extractor", "pixels", "--rehearse", "--out", str(tmp_path)]
+    folders = [part.folder for part in cifar10.PARTS]
+    assert cifar10.main(words) == folders
+    before = (tmp_path / folders[0] / "result.json").stat().st_mtime_ns
+    assert cifar10.main(words) == folders
+    assert (tmp_path / folders[0] / "result.json").stat().st_mtime_ns == before
+    assert "encoded no farther than t" in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -491,6 +570,15 @@ def test_the_report_puts_all_beside_the_paper(results):
     verdicts = re.findall(r"<td>(holds|within error|does not hold|not run)</td>", text)
     assert len(verdicts) > 20
     assert report.main([str(folder)]) == page  # again, over its own page
+
+
+def test_the_reports_tables_in_markdown(tmp_path):
+    text = markdown.main([str(pathlib.Path(report.__file__).parent / "results")])
+    assert "### table1-digits\n\n| FD-pixels | S = 10 |" in text
+    assert "| σ̂ | 367.43 | 133.37 | 32.72 | 9.99 | 3.17 |" in text
+    assert not re.search("</?t[dhr]>|&[a-z]+;", text)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        markdown.main([str(tmp_path / "missing")])
 
 
 def test_the_report_of_nothing_and_of_strangers(tmp_path):

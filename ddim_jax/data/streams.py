@@ -46,6 +46,7 @@ def batches(
     num_threads: int = 2,
     num_workers: int = 0,
     prefetch: int = 4,
+    indices_only: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches: every epoch is a fresh permutation, and epochs join without a gap.
 
@@ -68,9 +69,11 @@ def batches(
       num_threads: threads that assemble batches ahead of their use.
       num_workers: processes that do so instead, each with `num_threads` threads; 0 for none.
       prefetch: batches that they, or each of the workers, keep ready.
+      indices_only: give the images' numbers in place of the images, which are not read.
 
     Returns:
-      An iterator of {"image": uint8 (B/P, H, W, C), "label": int32 (B/P,)}.
+      An iterator of {"image": uint8 (B/P, H, W, C), "label": int32 (B/P,)}, or of {"index": int32
+      (B/P,) in 0..N−1}.
 
     Raises:
       ValueError: a size, seed, start or process outside its range.
@@ -99,7 +102,8 @@ def batches(
     local = batch_size // process_count
     mine = slice(process_index * local, (process_index + 1) * local)
     rest = _order(dataset, batch_size, seed).slice(slice(start, None))
-    gathered = rest.map(functools.partial(_gather, dataset, mine))
+    gather = functools.partial(_gather, dataset, mine)
+    gathered = rest.map(functools.partial(_indices, mine) if indices_only else gather)
     threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     ahead = gathered.to_iter_dataset(threads)
     if num_workers:
@@ -108,7 +112,8 @@ def batches(
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=max(prefetch, 1))
         ahead = ahead.mp_prefetch(workers, _be_worker)
-    running = [iter(ahead.map(functools.partial(_deliver, dataset)))]
+    deliver = functools.partial(_deliver, dataset)
+    running = [iter(ahead if indices_only else ahead.map(deliver))]
     stream = _stream(running)
     weakref.finalize(stream, _end, running)  # also at exit
     return stream
@@ -156,6 +161,10 @@ def _order(dataset: Dataset, batch_size: int, seed: int) -> "grain.MapDataset":
 def _gather(dataset: Dataset, mine: slice, indices: np.ndarray) -> tuple[Any, ...]:
     """In a thread or worker: the images of one batch, and which records are known unreadable."""
     return (*dataset.read(indices[mine]), dataset.unreadable.copy())
+
+
+def _indices(mine: slice, indices: np.ndarray) -> dict[str, np.ndarray]:
+    return {"index": np.asarray(indices[mine], np.int32)}
 
 
 def check_main_guard() -> None:

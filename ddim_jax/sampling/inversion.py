@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,7 @@ def invert(
             f"need tol > 0 and max_iterations >= 1, got tol={tol}, max_iterations={max_iterations}"
         )
     plan = ddim()(schedule, tau)
-    prediction = prediction_of(denoise)
-    prediction.check(plan.steps)
+    prediction_of(denoise).check(plan.steps)
     if is_concrete(plan) and not np.all(np.asarray(plan.steps.sqrt_alpha_bar_t) > 0):
         raise ValueError(
             "alpha_bar[t] = 0 (zero terminal SNR): x_t is pure noise there, whatever x_s is, so "
@@ -104,14 +103,7 @@ def invert(
     upwards = jax.tree.map(lambda v: v[::-1], rows(plan, wide(x_0).dtype))
 
     def body(x_s: Array, row: Plan) -> tuple[Array, Array]:
-        c = row.steps
-
-        def residual(x_t: Array) -> Array:  # zero where the step down from x_t ends in x_s
-            output = call(denoise, x_t, jnp.full(x_t.shape[:1], row.t), x_0.dtype)
-            down = step(c, x_t, output, prediction=prediction)[0]
-            return (x_s - down) * per_image(c.sqrt_alpha_bar_t / c.sqrt_alpha_bar_s, x_t)
-
-        return solve(residual, x_s, max_iterations)
+        return invert_step(denoise, x_s, row, max_iterations, x_0.dtype)
 
     x_T, iterations = jax.lax.scan(body, wide(x_0), upwards)
     x_T = x_T.astype(x_0.dtype)
@@ -121,6 +113,28 @@ def invert(
     if is_concrete(result) and (failure := _failure(result)):
         warnings.warn(failure, RuntimeWarning, stacklevel=2)
     return result
+
+
+def invert_step(
+    denoise: Denoiser, x_s: Array, row: Plan, max_iterations: int, dtype: Any
+) -> tuple[Array, Array]:
+    """(x_t, network calls) such that the step down from x_t ends in x_s: one of `invert`'s.
+
+    Args:
+      denoise: as in `invert`.
+      x_s: (B, ...) in float32 at least.
+      row: of one step, its t and coefficients scalars.
+      max_iterations: as in `invert`.
+      dtype: in which the network is given x.
+    """
+    c, prediction = row.steps, prediction_of(denoise)
+
+    def residual(x_t: Array) -> Array:  # zero where the step down from x_t ends in x_s
+        output = call(denoise, x_t, jnp.full(x_t.shape[:1], row.t), dtype)
+        down = step(c, x_t, output, prediction=prediction)[0]
+        return (x_s - down) * per_image(c.sqrt_alpha_bar_t / c.sqrt_alpha_bar_s, x_t)
+
+    return solve(residual, x_s, max_iterations)
 
 
 def _failure(result: Inversion) -> str | None:

@@ -11,10 +11,12 @@ import json
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -52,6 +54,8 @@ class Checkpoints:
     Args:
       directory: made if missing; may hold earlier checkpoints of the same run, nothing else.
       keep: how many of the latest checkpoints stay, ≥ 1.
+      copies: copy a state on its devices, and do all else beside what follows; None: where one
+        process alone runs, not on a CPU, and there is room.
 
     Raises:
       ValueError: `keep` < 1, or the directory holds something that is not a checkpoint.
@@ -69,7 +73,7 @@ class Checkpoints:
       {'w': Array([3., 3.], dtype=float32)}
     """
 
-    def __init__(self, directory: Path, keep: int = 3) -> None:
+    def __init__(self, directory: Path, keep: int = 3, copies: bool | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.directory = pathlib.Path(directory).resolve()
@@ -85,6 +89,9 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
+        self._copies = copies
+        self._pool = ThreadPoolExecutor(1)
+        self._begun: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -95,7 +102,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until the last save is on disk, and releases Orbax's threads."""
         with self._writable():
-            self._orbax.close()
+            try:
+                self._wait()
+            finally:
+                self._pool.shutdown()
+                self._orbax.close()
 
     def save(
         self,
@@ -116,21 +127,33 @@ class Checkpoints:
           CheckpointError: the step is not larger than the last, or the save before could not be
             written (the disk is full, say); earlier checkpoints stay.
         """
+        with self._writable():
+            self._wait()
         latest = self._orbax.latest
         if latest is not None and step <= latest.step:
             raise CheckpointError(f"step {step} does not come after the saved step {latest.step}")
-        facts = {
-            "format": FORMAT,
-            "config": config,
-            "data_state": data_state,
-            "digests": digests(_parts(state)),
-        }
+        facts = {"format": FORMAT, "config": config, "data_state": data_state}
         facts = json.loads(json.dumps(facts))  # a copy, as it is written later
-        facts["sha256"] = _sha256(facts)
+        copies = _room_beside(state) if self._copies is None else self._copies
         with self._writable():
-            self._orbax.save_checkpointables_async(
-                step, {STATE: state}, force=True, custom_metadata=facts
-            )
+            if copies:
+                state = _copied(state)
+                self._begun = self._pool.submit(self._write, step, state, facts)
+            else:
+                self._write(step, state, facts)
+
+    def _write(self, step: int, state: PyTree, facts: dict[str, Any]) -> None:
+        facts["digests"] = digests(_parts(state))
+        facts["sha256"] = _sha256(facts)
+        self._orbax.save_checkpointables_async(
+            step, {STATE: state}, force=True, custom_metadata=facts
+        )
+
+    def _wait(self) -> None:
+        """Until the save before has been handed to Orbax; raises what went wrong."""
+        begun, self._begun = self._begun, None
+        if begun:
+            begun.result()
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -143,6 +166,20 @@ class Checkpoints:
                 f"could not write a checkpoint in {self.directory} (is the disk full?); those "
                 f"written before are intact: {there} ({_reason(error)})"
             ) from error
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def _room_beside(state: PyTree) -> bool:
+    """Whether a copy of the state fits on its devices, and may be written by a thread of its own.
+
+    Threads of several processes would not keep the order of what the processes do together.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("peak_bytes_in_use", 0)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return jax.process_count() == 1 and jax.default_backend() != "cpu" and size < free
 
 
 def saved_steps(directory: Path) -> list[int]:

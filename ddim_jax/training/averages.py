@@ -84,42 +84,33 @@ def weights_of(sigma_rel: float, step: int, steps: np.ndarray) -> tuple[np.ndarr
     return x.reshape(-1, len(SIGMA_RELS)), float(np.sqrt(left))
 
 
-class Averages:
-    """The two averages of a run: θ̄ ← θ̄ + (1 − (1 − 1/n)^(γ + 1)) (θ − θ̄) after step n.
+def begin(directory: pathlib.Path, params: Params, start: int) -> list[Params]:
+    """The two averages of a run at its step `start`, as they were stored; zeros of a new run."""
+    if not start:
+        return [jax.tree.map(jnp.zeros_like, params) for _ in SIGMA_RELS]
+    stored, _ = load_weights(directory / FOLDER / f"{start:08d}.safetensors")
+    return [jax.tree.map(lambda p, leaf: jax.device_put(leaf, p.sharding), params, stored[name])
+            for name in NAMES]  # fmt: skip
 
-    Args:
-      directory: the run folder.
-      params: the parameters, or their like.
-      start: the step from which the run goes on, at which they were stored; 0 for a new run.
-    """
 
-    def __init__(self, directory: pathlib.Path, params: Params, start: int):
-        self._folder = directory / FOLDER
-        self._kept: list[Params] = [jax.tree.map(jnp.zeros_like, params)] * len(SIGMA_RELS)
-        if start:
-            stored, _ = load_weights(self._folder / f"{start:08d}.safetensors")
-            placed = [jax.tree.map(lambda p, leaf: jax.device_put(leaf, p.sharding), params, tree)
-                      for tree in map(stored.get, NAMES)]  # fmt: skip
-            self._kept = placed
-        exponents = [exponent(sigma) for sigma in SIGMA_RELS]
+def follow(kept: list[Params], params: Params, step: Array) -> list[Params]:
+    """θ̄ ← θ̄ + (1 − (1 − 1/n)^(γ + 1)) (θ − θ̄) after step n, for each γ kept."""
+    last = jnp.log1p(-1 / step.astype(jnp.float32))  # −inf at the first step, which is all of it
+    new = [-jnp.expm1((exponent(sigma) + 1) * last) for sigma in SIGMA_RELS]
+    return [jax.tree.map(lambda a, p, w=w: a + w * (p - a), tree, params)
+            for tree, w in zip(kept, new)]  # fmt: skip
 
-        @jax.jit
-        def update(kept: list[Params], params: Params, step: Array) -> list[Params]:
-            last = jnp.log1p(-1 / step)  # −inf at the first step, which is then all of it
-            new = [-jnp.expm1((g + 1) * last) for g in exponents]
-            return [jax.tree.map(lambda a, p, w=w: a + w * (p - a), tree, params)
-                    for tree, w in zip(kept, new)]  # fmt: skip
 
-        self._update = update
+def leave(kept: Any, params: Params, step: Array) -> Any:
+    """`follow` of a run that keeps no averages."""
+    return kept
 
-    def update(self, params: Params, step: int) -> None:
-        self._kept = self._update(self._kept, params, np.float32(step))
 
-    def save(self, step: int) -> None:
-        """Stores them as averages/STEP.safetensors: twice the size of the parameters."""
-        self._folder.mkdir(exist_ok=True)
-        tree = dict(zip(NAMES, jax.device_get(self._kept)))
-        save_weights(self._folder / f"{step:08d}.safetensors", tree, {}, overwrite=True)
+def store(directory: pathlib.Path, kept: list[Params], step: int) -> None:
+    """Stores them as averages/STEP.safetensors: twice the size of the parameters."""
+    (directory / FOLDER).mkdir(exist_ok=True)
+    tree = dict(zip(NAMES, jax.device_get(kept)))
+    save_weights(directory / FOLDER / f"{step:08d}.safetensors", tree, {}, overwrite=True)
 
 
 def average(run: str | os.PathLike[str], sigma_rel: float, step: int | None = None) -> Model:

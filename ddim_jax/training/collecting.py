@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 
 import jax
@@ -25,9 +26,10 @@ def collect(
 ) -> int:
     """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one.
 
-    Takes and returns the number of updates skipped in a row.
+    They are (K,) of each call. Takes and returns the number of updates skipped in a row.
     """
-    fetched = jax.device_get(pending)  # waits for the devices
+    calls = jax.device_get(pending)  # waits for the devices
+    fetched = [dict(zip(call, values)) for call in calls for values in zip(*call.values())]
     for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
         values = {name: float(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -48,6 +50,42 @@ def collect(
                 "loss and gradient: training stopped"
             )
     return in_a_row
+
+
+class Meter:
+    """Lines of metrics, with how fast the steps since the last one were.
+
+    Args:
+      config: of the run.
+      flops: of an image's forward and backward pass, 0 where it is not known.
+      peak: FLOP/s of all devices, where it is known.
+      start: the step of this process's start.
+    """
+
+    def __init__(self, config: TrainConfig, flops: float, peak: float | None, start: int):
+        self._config, self._flops, self._peak, self._since = config, flops, peak, start
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins anew: what came before was no step."""
+        self._began = self._last = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._began
+
+    def line(self, step: int, waiting: Mapping[str, list[float]]) -> dict[str, float]:
+        """Of the steps since the last line up to this one, which have just been made."""
+        now = time.perf_counter()
+        speed = (step - self._since) * self._config.batch_size / (now - self._last)
+        line = {"step": step, **means(waiting, self._config), "images_per_second": speed}
+        if self._flops > 0:
+            line["flops_per_second"] = speed * self._flops
+        if self._flops > 0 and self._peak:
+            line["mfu"] = speed * self._flops / self._peak
+        self._since, self._last = step, now
+        return line | {"seconds": now - self._began}
 
 
 def means(waiting: Mapping[str, list[float]], config: TrainConfig) -> dict[str, float]:

@@ -45,6 +45,11 @@ class TrainConfig:
       num_threads: threads that read and decode images.
       num_workers: processes that do so instead, 0 for none; for data that threads cannot keep up
         with.
+      data_on_device: keep all images on each device, and send indices alone; None: off the CPU,
+        where they take less than an eighth of its memory.
+      steps_per_call: the most updates that one call of the compiled step makes; None: one on a CPU,
+        else about half a second of them. All intervals and num_updates should have a large common
+        divisor, as updates are counted, and stopped, by whole calls.
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints.
       sample_every: steps between pictures of samples drawn with the moving average; 0 for none.
@@ -80,6 +85,8 @@ class TrainConfig:
     skip_nonfinite: bool = False
     num_threads: int = 4
     num_workers: int = 0
+    data_on_device: bool | None = None
+    steps_per_call: int | None = None
     log_every: int = 100
     checkpoint_every: int = 5000
     sample_every: int = 5000
@@ -97,6 +104,12 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, self, name, "in [0, 1)")
         _require(0 <= self.label_dropout <= 1, self, "label_dropout", "in [0, 1]")
         _require(0 <= self.seed < 2**32, self, "seed", "in 0..2**32 - 1")
+        _require(
+            self.steps_per_call is None or self.steps_per_call >= 1,
+            self,
+            "steps_per_call",
+            "at least 1, or None",
+        )
         kinds = ", ".join(map(repr, PREDICTIONS))
         _require(self.prediction in PREDICTIONS, self, "prediction", f"one of {kinds}")
         find_gamma(self.gamma)

@@ -7,7 +7,6 @@ so a resumed run is the unbroken run, bit for bit.
 from __future__ import annotations
 
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from ddim_jax.data import Dataset, batches
+from ddim_jax.data import Dataset
 from ddim_jax.networks.flops import flops_per_image
 from ddim_jax.process.prediction import predicts
 from ddim_jax.process.schedule import Schedule
@@ -25,12 +24,12 @@ from ddim_jax.storage.checkpoint import (
     Checkpoints,
     saved_steps,
 )
-from ddim_jax.training import parallel
-from ddim_jax.training.averages import Averages
-from ddim_jax.training.collecting import collect, forecast, means
+from ddim_jax.training import averages, parallel
+from ddim_jax.training.collecting import Meter, collect, forecast
 from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.feeding import Feed, make_steps, steps_per_call
 from ddim_jax.training.held_out import make_held_out
-from ddim_jax.training.preview import make_preview
+from ddim_jax.training.preview import Preview
 from ddim_jax.training.resuming import INHERITED, check_facts, check_run, placed, restore_latest
 from ddim_jax.training.run_folder import MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.training.step import (
@@ -46,7 +45,7 @@ from ddim_jax.training.step import (
 from ddim_jax.training.watching import check_wandb
 
 FIRST_MINUTE = 60.0  # seconds of steps after which the user is told how long the run will take
-IN_FLIGHT = 2  # steps handed to the device before the host waits for one
+IN_FLIGHT = 2  # calls handed to the device before the host waits for one
 
 
 def fit(
@@ -77,10 +76,12 @@ def fit(
     of the weights and of their average (`make_held_out`). After the first minute the user is told
     the speed, the time left and how long compiling took.
 
-    The host never waits for a step, but `IN_FLIGHT` steps later: data, steps and checkpoints go on
-    at the same time. Losses and gradients are looked at when they are logged, always before a
-    checkpoint: a run that diverges stops at the next line, names the first bad step and its images,
-    and leaves only good checkpoints.
+    Off a CPU images that fit lie on each device, and one call makes many updates (`feeding`): the
+    host has nothing to do in a step's time. It waits for no call but the one `IN_FLIGHT` before;
+    data, steps, checkpoints and the compiling of pictures go on at the same time. Losses and
+    gradients are looked at when they are logged, always before a checkpoint: a run that diverges
+    stops at the next line, names the first bad step and its images, and leaves only good
+    checkpoints.
 
     SIGTERM or SIGINT (Ctrl-C) saves a checkpoint and raises `Preempted`; a second one ends the
     process at once. The folder is locked against a second writer.
@@ -154,87 +155,82 @@ def fit(
         else:
             state = jax.jit(lambda p: init_state(p, config), out_shardings=sharding)(params)
         start = step
-        iterator = batches(
-            dataset,
-            config.batch_size,
-            config.seed,
-            start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=config.num_threads,
-            num_workers=config.num_workers,
-        )
-        train_step: Any = make_train_step(apply_fn, schedule, config, num_classes, mesh)
+        kept = averages.begin(directory, state.params, start) if config.post_hoc else []
+        follow = averages.follow if config.post_hoc else averages.leave
         size = (config.batch_size, *dataset.image_shape)
         flops = 3 * flops_per_image(apply_fn, like.params, size, num_classes)
         peak = parallel.peak_flops(jax.devices()[0].device_kind)
+        calls = steps_per_call(config, start, flops * config.batch_size / mesh.size, peak)
+        feed = Feed(dataset, config, mesh, start, calls)
+        train_step = make_train_step(apply_fn, schedule, config, num_classes, mesh)
+        steps: Any = make_steps(train_step, mesh, follow)
         shape = dataset.image_shape
         tau = config_dict.get("tau")
-        preview = make_preview(apply_fn, schedule, shape, num_classes, mesh, config.seed, say, tau)
+        preview = Preview(apply_fn, schedule, shape, num_classes, mesh, config.seed, say, tau)
         held_out = make_held_out(
             apply_fn, schedule, dataset.held_out, config, num_classes, mesh, loss
         )
-        averages = Averages(directory, state.params, start) if config.post_hoc else None
-        pending: list[Metrics] = []  # on the devices
-        began = logged = time.perf_counter()
-        since, stop = start, False  # the step of the last line of this process
-        told = False  # how long it will take
+        meter = Meter(config, flops, peak and peak * mesh.size, start)
+        pending: list[Metrics] = []  # on the devices, (calls,) each
+        owed = stop = told = False  # a line; to end early; how long it will take
         shown = progress and jax.process_index() == 0
+
+        def write_line(step: int) -> None:
+            if waiting["loss"]:
+                line = meter.line(step, waiting)
+                log.line(line)
+                speed = line["images_per_second"]
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
+                if on_log:
+                    on_log(state, line)
+                waiting.clear()
+
         with (
             Checkpoints(folder, config.keep) as checkpoints,
             MetricsLog(directory, start, wandb, config_dict) as log,
             tqdm(total=config.num_updates, initial=start, unit="step", disable=not shown) as bar,
         ):
+            if step < config.num_updates:
+                bar.set_postfix_str("compiling")
+                steps = steps.lower(state, kept, feed.data_like, feed.like, loss).compile()
+                data, compiling = feed.data(), meter.seconds
+                bar.set_postfix_str(f"compiled in {compiling:.0f} s")
+                bar.unpause()  # the clock of its speed
+                if config.sample_every:
+                    preview.prepare(state.ema)
+                meter.reset()
             while step < config.num_updates:
-                batch = parallel.put_batch(mesh, next(iterator))
-                if step == start:
-                    bar.set_postfix_str("compiling")
-                    train_step = train_step.lower(state, batch, loss).compile()
-                    compiling = time.perf_counter() - began
-                    bar.set_postfix_str(f"compiled in {compiling:.0f} s")
-                    bar.unpause()  # the clock of its speed
-                    began = logged = time.perf_counter()
-                state, metrics = train_step(state, batch, loss)
-                step += 1
-                if averages:
-                    averages.update(state.params, step)
+                state, kept, metrics = steps(state, kept, data, next(feed), loss)
+                if owed:  # of the calls before this one, with which the devices are busy now
+                    in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
+                    write_line(step)
+                    pending, owed = [], False
+                step += calls
                 pending.append(metrics)
                 if len(pending) > IN_FLIGHT:
                     pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
-                bar.update()
+                bar.update(calls)
                 last = step == config.num_updates
-                stop = signals.requested(step) and not last
+                stop = signals.requested(step // calls) and not last
                 to_save = step % config.checkpoint_every == 0 or last or stop
                 to_log = step % config.log_every == 0 or last
                 drawn = config.sample_every and (step % config.sample_every == 0 or last)
-                if not told and (passed := time.perf_counter() - began) > FIRST_MINUTE and not last:
+                if not told and (passed := meter.seconds) > FIRST_MINUTE and not last:
                     told, left = True, config.num_updates - step
                     say(forecast(step - start, left, passed, compiling, config.batch_size))
-                if to_save or to_log:
+                owed = to_log and not (to_save or drawn or on_log)
+                if to_save or (to_log and not owed):
                     in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
                     pending = []
                 if held_out and (step % config.checkpoint_every == 0 or drawn or last):
                     for name, value in held_out(state).items():
                         waiting.setdefault(name, []).append(value)
-                if to_log and waiting["loss"]:
-                    line = {"step": step, **means(waiting, config)}
-                    now = time.perf_counter()
-                    speed = (step - since) * config.batch_size / (now - logged)
-                    line["images_per_second"] = speed
-                    if flops > 0:
-                        line["flops_per_second"] = speed * flops
-                    if flops > 0 and peak:
-                        line["mfu"] = speed * flops / (peak * mesh.size)
-                    line["seconds"] = now - began
-                    log.line(line)
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
-                    if on_log:
-                        on_log(state, line)
-                    waiting, logged, since = {}, now, step
+                if to_log and not owed:
+                    write_line(step)
                 if drawn and not stop:
                     preview(state.ema, step, log)
-                if to_save and averages:
-                    averages.save(step)
+                if to_save and config.post_hoc:
+                    averages.store(directory, kept, step)
                 if to_save:
                     position = {"batch": step, "waiting": waiting, "skipped_in_a_row": in_a_row}
                     checkpoints.save(step, state, position, config_dict)

@@ -42,6 +42,8 @@ FREE_ON_RESUME = (
     "train.keep",
     "train.num_threads",
     "train.num_workers",
+    "train.data_on_device",
+    "train.steps_per_call",
     "train.skip_nonfinite",
     "label_names",
 )

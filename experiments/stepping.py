@@ -1,0 +1,156 @@
+"""Plans run step by step from the host: one compiled step serves every S, η, τ and number.
+
+A scan is compiled anew for every S, and on a GPU that takes longer than a cell of a table. Here a
+step is a plan of one row: the host calls it S times, a few calls ahead of the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import ddim_jax as ddim
+from ddim_jax.arrays import image_keys
+from ddim_jax.networks.unet import make_apply
+from ddim_jax.pictures.images import to_uint8
+from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.sampling import clip_x0
+from ddim_jax.sampling.inversion import invert_step
+from ddim_jax.sampling.plan import Plan, check_network, run
+
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
+AHEAD = 4  # steps that wait on the device: enough to keep it busy, few for others to wait behind
+
+
+class Stepper:
+    """Draws and encodes with one network, `size` images at a time on each device."""
+
+    def __init__(self, model: ddim.Model):
+        self.model = model
+        self.mesh = Mesh(np.array(jax.local_devices()), ("images",))
+        whole, self.split = (NamedSharding(self.mesh, spec) for spec in (WHOLE, SPLIT))
+        self.whole = whole
+        self.pixels = jax.jit(lambda x: (to_uint8(x), jnp.isfinite(x).all((1, 2, 3))))
+        self.noise = jax.jit(
+            lambda key, numbers: ddim.initial_noise(key, numbers, model.image_shape)
+        )
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The weights, on every device."""
+        return jax.device_put(self.model.params, self.whole)
+
+    @functools.cache  # noqa: B019 - one or two in a process
+    def _step(self, clip: bool) -> Callable[..., jax.Array]:
+        """Jitted (params, x, plan, key or None, numbers) → x at the end of the plan."""
+        model = ddim.predicts(self.model, x0_fn=clip_x0(1.0)) if clip else self.model
+        classes = model.config.num_classes
+
+        def step(params: Any, x: Any, plan: Plan, key: Any, numbers: Any) -> jax.Array:
+            keys = None if key is None else image_keys(key, numbers)
+            labels = {} if classes is None or numbers is None else {"labels": numbers % classes}
+            return run(partial(model.apply_fn, params, **labels), x, plan, keys)[0]
+
+        specs = (WHOLE, SPLIT, WHOLE, WHOLE, SPLIT)
+        spread = jax.shard_map(
+            step, mesh=self.mesh, in_specs=specs, out_specs=SPLIT, check_vma=False
+        )
+        return jax.jit(spread)
+
+    def run(self, x: jax.Array, plan: Plan, *, clip: bool = False, key: jax.Array | None = None,
+            numbers: np.ndarray | None = None) -> jax.Array:  # fmt: skip
+        """x at the end of a plan, not waited for.
+
+        Args:
+          x: (n, ...) with n a multiple of the number of devices.
+          plan: of a method; one that remembers is one program, any other a call for each row.
+          clip: clip each x̂_0 to [−1, 1].
+          key: of the noise; a plan without any takes it too, for the program of the others.
+          numbers: (n,) uint32, the images' numbers; with a key. Of K classes image k then has the
+            (k mod K)-th.
+        """
+        check_network(self.model.apply_fn, plan)
+        if key is not None and plan.steps.sigma is None:
+            plan = _with_noise(plan)
+        x, numbers = jax.device_put((x, numbers), self.split)
+        step, waiting = self._step(clip), deque[jax.Array]()
+        for row in _rows(plan):
+            x = step(self.params, x, row, key, numbers)
+            waiting.append(x)
+            if len(waiting) > AHEAD:
+                waiting.popleft().block_until_ready()
+        return x
+
+    @functools.cache  # noqa: B019
+    def _upwards(self, max_iterations: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """Jitted (params, x_s, one row of a plan) → (x_t, network calls on each device)."""
+
+        def up(params: Any, x: Any, row: Plan) -> tuple[jax.Array, jax.Array]:
+            denoise = partial(self.model.apply_fn, params)
+            x, calls = invert_step(denoise, x, row, max_iterations, x.dtype)
+            return x, calls[None]
+
+        specs = (WHOLE, SPLIT, WHOLE)
+        return jax.jit(jax.shard_map(
+            up, mesh=self.mesh, in_specs=specs, out_specs=(SPLIT, SPLIT), check_vma=False
+        ))  # fmt: skip
+
+    def invert(self, x_0: jax.Array, tau: np.ndarray, max_iterations: int) -> tuple[Any, Any]:
+        """(x_T, (S, devices) network calls) of `ddim_jax.invert`, not waited for."""
+        plan = ddim.ddim()(self.model.schedule, tau)
+        plan = jax.tree.map(lambda v: jnp.asarray(np.asarray(v)[::-1]), plan)
+        x, calls = jax.device_put(x_0, self.split), []
+        for i in range(len(tau)):
+            row = jax.tree.map(lambda v, i=i: v[i], plan)
+            x, count = self._upwards(max_iterations)(self.params, x, row)
+            calls.append(count)
+        return x, jnp.stack(calls)
+
+    def draw(self, plan: Plan, seed: int, first: int, size: int, clip: bool) -> Any:
+        """(uint8 images, whether each is finite) of `size` numbers from `first` on, not waited for.
+
+        Image k is image k of `ddim_jax.generation.shards.generate` with that seed, of all classes.
+        """
+        keys = jax.random.split(jax.random.key(seed))
+        numbers = np.arange(first, first + size, dtype=np.uint32)
+        x_T = self.noise(keys[0], numbers)
+        return self.pixels(self.run(x_T, plan, clip=clip, key=keys[1], numbers=numbers))
+
+
+def _with_noise(plan: Plan) -> Plan:
+    """The same plan in the program of those that add noise: σ = 0."""
+    steps = plan.steps._replace(sigma=np.zeros(len(plan.t)))
+    return dataclasses.replace(plan, steps=steps)
+
+
+def _rows(plan: Plan) -> Iterator[Plan]:
+    """Plans of one row each; a plan with a memory remains whole."""
+    if plan.weights is not None:
+        yield plan
+        return
+    plan = jax.tree.map(np.asarray, plan)
+    for i in range(len(plan.t)):
+        yield jax.tree.map(lambda v, i=i: v[i : i + 1], plan)
+
+
+@functools.lru_cache(maxsize=2)
+def stepper(
+    name: str, config: str | None, schedule: str | None, prediction: str | None, dtype: str | None
+) -> Stepper:
+    """Of the model that the arguments name; one object in a process, so that it compiles once."""
+    how = schedule and ScheduleConfig(schedule)
+    model = ddim.load_model(name, config=config, schedule=how, prediction=prediction)
+    if dtype not in (None, model.config.dtype):
+        changed = dataclasses.replace(model.config, dtype=dtype)
+        apply_fn = ddim.predicts(make_apply(changed), model.prediction.kind)
+        model = model._replace(config=changed, apply_fn=apply_fn)
+    return Stepper(model)
