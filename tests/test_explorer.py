@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -15,9 +16,10 @@ import ddim_jax as ddim
 from ddim_jax.cli.explore import explore
 from ddim_jax.cli.options import Source
 from ddim_jax.data import load
+from ddim_jax.generation import exploring
 from ddim_jax.generation.exploring import explore_page, latents, of_dataset
 from ddim_jax.networks.unet import UNetConfig, build
-from ddim_jax.pictures.explorer import sheet_of
+from ddim_jax.pictures.explorer import Codes, Exploration, Path, explorer_html, sheet_of
 from ddim_jax.pictures.images import encode_png, to_model, to_uint8
 from ddim_jax.process import ScheduleConfig
 from ddim_jax.weights import save_model, to_facts
@@ -205,12 +207,10 @@ def test_own_pictures_and_own_samples(tmp_path, monkeypatch, one_device):
     assert parts[-3][0].min() == parts[-3][0].max() == 77
 
 
-def test_a_colour_page_of_a_class_conditional_model_stays_small(monkeypatch):
-    """All 32×32 images as noisy as can be, in the usual numbers: 5 MB are not reached."""
-    from ddim_jax.generation import exploring
-    from ddim_jax.pictures.explorer import Codes, Exploration, Path, explorer_html
-
-    usual = exploring.Usual(4, 5, 5)
+def test_a_colour_page_stays_small():
+    """32×32 in colour, x_t of pure noise, in the usual numbers: 5 MB are not reached."""
+    model = types.SimpleNamespace(image_shape=(32, 32, 3))
+    usual = exploring.usual_number(model)
     rng, shape = np.random.default_rng(0), (32, 32, 3)
     drawn = (len(exploring.ETAS), usual.positions, usual.images, usual.frames + 1, *shape)
 
@@ -226,14 +226,14 @@ def test_a_colour_page_of_a_class_conditional_model_stays_small(monkeypatch):
     for path in paths:  # one x_T, whatever S and η are, and the end of both is one
         path.x_t[:, :, :, 0] = paths[0].x_t[:1, :, :, 0]
         path.x_t[:, :, :, -1] = path.x_0[:, :, :, -1]
-    codes = (smooth(4, *shape), noise(4, 4, *shape), smooth(4, 4, *shape), np.ones((4, 4)))
+    codes = (smooth(5, *shape), noise(4, 5, *shape), smooth(4, 5, *shape), np.ones((4, 5)))
     explored = Exploration(
         exploring.STEPS,
         exploring.ETAS,
         np.linspace(0, 1, usual.positions),
-        ["cat"] * 4,
+        ["cat"] * 5,
         paths,
-        Codes(*codes, ["cat"] * 4, ""),
+        Codes(*codes, ["cat"] * 5, ""),
     )
     assert len(explorer_html("", "", explored).encode()) < 5_000_000
 

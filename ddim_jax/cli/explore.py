@@ -55,7 +55,7 @@ def explore(
         by default of the model's own, if it is at hand, else what the model drew.
       images: or these picture files: the centre square of each, brought to the model's size.
       num_images: how many are drawn, and encoded of the data; by default 10 up to 16×16 pixels,
-        else 4.
+        else 5.
       steps: the values of S, by default 5 10 20 50.
       etas: the values of η.
       positions: places on the path, by default 9 up to 16×16 pixels, else 5.
@@ -63,12 +63,7 @@ def explore(
       seed: of x_T and of the noise.
       overwrite: replace the file if it exists.
     """
-    out = pathlib.Path(f"{pathlib.Path(model).resolve().stem}.html") if out is None else out
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out must end in .html, the format written, got {out}")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another --out, or pass --overwrite")
-    check_writable(out)
+    out = _out(model, out, overwrite)
     if data is not None and images is not None:
         raise ValueError("--data and --images both say what to encode: give one of them")
     loaded = source.load(model)
@@ -82,8 +77,8 @@ def explore(
         raise ValueError(f"need an image and a seed in 0..2**32 - 1, got {num_images} and {seed}")
     check(loaded, steps, etas, positions, frames)
     classes = getattr(loaded.config, "num_classes", None)
-    wanted = labels if labels is None or labels != ("all",) else "all"
-    drawn = condition(loaded, "all" if labels is None and classes else wanted)
+    every = labels == ("all",) or (labels is None and classes)
+    drawn = condition(loaded, "all" if every else labels)
     originals = _originals(loaded, data, images, num_images)
     with tqdm(total=num_calls(steps, etas, positions), unit="call", desc="drawing") as bar:
         page = explore_page(
@@ -101,6 +96,17 @@ def explore(
         ).encode()
     save_new(out, page, overwrite)
     print(f"wrote {out}, {len(page) / 1e6:.1f} MB: open it in a browser")
+
+
+def _out(model: str, out: pathlib.Path | None, overwrite: bool) -> pathlib.Path:
+    """The file to write; an error where it is not to be."""
+    out = pathlib.Path(f"{pathlib.Path(model).resolve().stem}.html") if out is None else out
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out must end in .html, the format written, got {out}")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another --out, or pass --overwrite")
+    check_writable(out)
+    return out
 
 
 def _originals(

@@ -190,7 +190,7 @@ class Usual(NamedTuple):
 def usual_number(model: Model) -> Usual:
     """Of the model's size."""
     height, width, _ = model.image_shape
-    return Usual(10, 9, 8) if height * width <= SMALL else Usual(4, 5, 5)
+    return Usual(10, 9, 8) if height * width <= SMALL else Usual(5, 5, 5)
 
 
 def explore_page(
