@@ -68,7 +68,7 @@ def explore(
 ) -> Exploration:
     """Draws every S with every η from every x_T of the paths, and encodes and decodes images.
 
-    One step of Eq. 12 is compiled, and one of Eq. 13: S, τ and η are data. Image n's noise, where
+    One step is compiled, for Eq. 12 and 13, S, τ and η being data (two where x̂_0 is clipped). Image n's noise, where
     η > 0, is the same at all places of its path.
 
     Args:
@@ -139,12 +139,14 @@ def _walker(model: Model, keys: Array, update: Callable[[int], Any]) -> Callable
         x, (x_t, x_0) = run(denoise, x, row, keys, np.ones(1, bool))
         return x, to_uint8(x_t[0]), to_uint8(x_0[0])
 
+    plain = model.prediction.x0_fn is None
+
     def walk(
         x: Array, tau: np.ndarray, method: Method, labels: np.ndarray | None, kept: Sequence[int]
     ) -> tuple[Array, list[np.ndarray], list[np.ndarray]]:
         inputs = {} if labels is None else {"labels": jnp.asarray(labels)}
         x_ts, x_0s = [], []
-        for k, row in enumerate(_rows(method(model.schedule, tau))):
+        for k, row in enumerate(_rows(method(model.schedule, tau), plain)):
             x, x_t, x_0 = step(model.params, inputs, x, row, keys[: len(x)])
             if k in kept:
                 x_ts.append(np.asarray(x_t))
@@ -156,11 +158,15 @@ def _walker(model: Model, keys: Array, update: Callable[[int], Any]) -> Callable
     return walk
 
 
-def _rows(plan: Plan) -> Iterator[Plan]:
-    """Each row as a plan of one step, with σ = 0 where there is none: one program for every η."""
+def _rows(plan: Plan, plain: bool) -> Iterator[Plan]:
+    """Each row as a plan of one step, with σ = 0 where there is none: one program for every η.
+
+    Where x̂_0 is as predicted (`plain`), down is told the t of the state: the program of up too.
+    """
     steps, t = plan.steps, np.asarray(plan.t, np.int32)
     sigma = np.zeros(len(t)) if steps.sigma is None else steps.sigma
-    whole = Plan(t, steps._replace(sigma=sigma), told=plan.told)
+    told = steps._replace(sigma=None) if plan.told is None and plain else plan.told
+    whole = Plan(t, steps._replace(sigma=sigma), told=told)
     for k in range(len(t)):
         yield jax.tree.map(lambda v, k=k: np.asarray(v)[k : k + 1], whole)
 
@@ -213,11 +219,15 @@ def explore_page(
         raise ValueError(f"images of {model.image_shape[2]} channels are no pictures (1 or 3 are)")
     numbers = [] if labels is None else labels.tolist()
     names = [name_of(model, label) for label in numbers] or [""] * num_images
-    explored = explore(model, names, labels, originals, **options)
+    return page_of(model, title, explore(model, names, labels, originals, **options))
+
+
+def page_of(model: Model, title: str, explored: Exploration) -> str:
+    """The page of an `Exploration` of the model of that name."""
     height, width, _ = model.image_shape
     about = (
-        f"{num_images} images of {height}×{width} from the model {title}, drawn beforehand with "
-        "every setting of these sliders. Each slider moves the same images."
+        f"{len(explored.names)} images of {height}×{width} from the model {title}, drawn "
+        "beforehand with every setting of these sliders. Each slider moves the same images."
     )
     return explorer_html(f"DDIM explorer: {title}", about, explored)
 
