@@ -68,8 +68,8 @@ def explore(
 ) -> Exploration:
     """Draws every S with every η from every x_T of the paths, and encodes and decodes images.
 
-    One step is compiled, for Eq. 12 and 13, S, τ and η being data (two where x̂_0 is clipped). Image n's noise, where
-    η > 0, is the same at all places of its path.
+    One step is compiled, for Eq. 12 and 13: S, τ and η are data (two, where x̂_0 is clipped). Image
+    n's noise, where η > 0, is the same at all places of its path.
 
     Args:
       model: of `load_model`.
