@@ -15,13 +15,13 @@ from tqdm import tqdm
 from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import frechet_distance, moments
-from ddim_jax.generation.exploring import explore, of_dataset, page_of
+from ddim_jax.generation.exploring import explore, of_dataset, page_of, walker
 from ddim_jax.networks.unet import build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.pictures.explorer import Exploration
 from ddim_jax.pictures.images import grid, to_model
 from ddim_jax.process.spacing import timesteps
-from ddim_jax.sampling import initial_noise, make_sampler
+from ddim_jax.sampling import ddim, initial_noise
 from ddim_jax.storage.files import write_whole
 from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import digits
@@ -128,7 +128,7 @@ def draw_cells(
     steps: Sequence[int] | None = None,
     etas: Sequence[float] | None = None,
 ) -> Cells:
-    """Samples for every (η, S), the same x_T in each; one program for each S.
+    """Samples for every (η, S), the same x_T in each; one program for all of them.
 
     Args:
       model: the trained model.
@@ -142,19 +142,18 @@ def draw_cells(
     """
     steps, etas = STEPS if steps is None else steps, ETAS if etas is None else etas
     key, noise_key = jax.random.split(jax.random.key(seed))
-    chunks = [
-        np.arange(start, min(start + CHUNK, num_images)) for start in range(0, num_images, CHUNK)
-    ]
+    x_T = np.asarray(initial_noise(key, num_images, model.image_shape))
     cells = {}
     with tqdm(total=num_images * sum(steps) * len(etas), unit="call", unit_scale=True) as bar:
+        walk = walker(model, image_keys(noise_key, num_images), lambda calls: None)
         for count in steps:
-            sampler = make_sampler(model, timesteps(model.schedule.num_steps, count))
+            tau = timesteps(model.schedule.num_steps, count)
             for eta in etas:
                 parts = []
-                for indices in chunks:
-                    x_T = initial_noise(key, indices, model.image_shape)
-                    parts.append(np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta)))
-                    bar.update(len(indices) * count)
+                for first in range(0, num_images, CHUNK):
+                    part = x_T[first : first + CHUNK]
+                    parts.append(np.asarray(walk(part, tau, ddim(eta), None, (), first)[0]))
+                    bar.update(len(part) * count)
                 cells[eta, count] = np.concatenate(parts)
     return cells
 

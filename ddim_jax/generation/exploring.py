@@ -94,7 +94,7 @@ def explore(
     positions = np.linspace(0, 1, num_positions)
     key, noise_key = jax.random.split(jax.random.key(seed))
     x_T = latents(key, len(names), positions, model.image_shape)
-    walk = _walker(model, image_keys(noise_key, max(len(names), 1 << 6)), update)
+    walk = walker(model, image_keys(noise_key, max(len(names), 1 << 6)), update)
     paths = []
     for count in steps:
         tau = timesteps(model.schedule.num_steps, count)
@@ -130,8 +130,18 @@ def check(
             raise ValueError(f"need at least 2 {name}, got {got}")
 
 
-def _walker(model: Model, keys: Array, update: Callable[[int], Any]) -> Callable[..., Any]:
-    """A function (x, τ, method, labels, kept) → (x at the end, [x_t …, x], [x̂_0 …, x]), pixels."""
+def walker(model: Model, keys: Array, update: Callable[[int], Any]) -> Callable[..., Any]:
+    """Draws step by step from the host: one compiled step for all S, η and τ of a batch's size.
+
+    Args:
+      model: its network.
+      keys: (N,) one for each image, of the noise.
+      update: told of the calls of the network that each walk made.
+
+    Returns:
+      A function (x, τ, method, labels, kept, first=0) → (x at the end, [x_t …, x], [x̂_0 …, x]) of
+      the images from number `first` on, the states at the steps `kept` as pixels.
+    """
 
     @jax.jit
     def step(params: Any, inputs: Any, x: Array, row: Plan, keys: Array) -> Any:
@@ -142,12 +152,17 @@ def _walker(model: Model, keys: Array, update: Callable[[int], Any]) -> Callable
     plain = model.prediction.x0_fn is None
 
     def walk(
-        x: Array, tau: np.ndarray, method: Method, labels: np.ndarray | None, kept: Sequence[int]
+        x: Array,
+        tau: np.ndarray,
+        method: Method,
+        labels: np.ndarray | None,
+        kept: Sequence[int],
+        first: int = 0,
     ) -> tuple[Array, list[np.ndarray], list[np.ndarray]]:
         inputs = {} if labels is None else {"labels": jnp.asarray(labels)}
         x_ts, x_0s = [], []
         for k, row in enumerate(_rows(method(model.schedule, tau), plain)):
-            x, x_t, x_0 = step(model.params, inputs, x, row, keys[: len(x)])
+            x, x_t, x_0 = step(model.params, inputs, x, row, keys[first : first + len(x)])
             if k in kept:
                 x_ts.append(np.asarray(x_t))
                 x_0s.append(np.asarray(x_0))
