@@ -15,11 +15,13 @@ from tqdm import tqdm
 from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import frechet_distance, moments
+from ddim_jax.generation.exploring import explore, of_dataset, page_of, walker
 from ddim_jax.networks.unet import build, count_params
 from ddim_jax.pictures import plots
+from ddim_jax.pictures.explorer import Exploration
 from ddim_jax.pictures.images import grid, to_model
 from ddim_jax.process.spacing import timesteps
-from ddim_jax.sampling import initial_noise, make_sampler, trajectory
+from ddim_jax.sampling import ddim, initial_noise
 from ddim_jax.storage.files import write_whole
 from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import digits
@@ -30,6 +32,8 @@ STEPS = (10, 20, 50)
 ETAS = (0.0, 1.0)
 CHUNK = 100  # images in one call of the sampler
 SHOWN = 36  # images in a panel
+EXPLORED = 5  # images of the explorer, at
+PLACES = 3  # places on their paths
 Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels in [−1, 1]
 
 
@@ -91,6 +95,7 @@ def run(
     say(f"sampling {len(STEPS) * len(ETAS)} × {num_images} digits")
     model = load_model(run_folder)
     cells = draw_cells(model, num_images)
+    explored = _explored(model, dataset)
     scores = {cell: score(images, dataset) for cell, images in cells.items()}
     floor = floor_of(dataset, num_images)
     results = {
@@ -103,12 +108,13 @@ def run(
     }
     pictures = {
         "samples.png": plots.sample_table({k: v[:SHOWN] for k, v in cells.items()}, scores),
-        "trajectory.png": _trajectory(model),
+        "trajectory.png": _trajectory(explored),
         "loss.png": plots.loss_curve(read_metrics(run_folder / "metrics.jsonl")),
     }
     drawn = {name: plots.png_bytes(figure) for name, figure in pictures.items()}
     for name, png in drawn.items():
         write_whole(out / name, png)
+    write_whole(out / "explorer.html", page_of(model, "the demo's digits", explored).encode())
     write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     html = _page(out, dataset, cells, scores, results, drawn)
     write_whole(page, html.encode())  # last: it is finished
@@ -122,7 +128,7 @@ def draw_cells(
     steps: Sequence[int] | None = None,
     etas: Sequence[float] | None = None,
 ) -> Cells:
-    """Samples for every (η, S), the same x_T in each; one program for each S.
+    """Samples for every (η, S), the same x_T in each; one program for all of them.
 
     Args:
       model: the trained model.
@@ -136,19 +142,18 @@ def draw_cells(
     """
     steps, etas = STEPS if steps is None else steps, ETAS if etas is None else etas
     key, noise_key = jax.random.split(jax.random.key(seed))
-    chunks = [
-        np.arange(start, min(start + CHUNK, num_images)) for start in range(0, num_images, CHUNK)
-    ]
+    x_T = np.asarray(initial_noise(key, num_images, model.image_shape))
     cells = {}
     with tqdm(total=num_images * sum(steps) * len(etas), unit="call", unit_scale=True) as bar:
+        walk = walker(model, image_keys(noise_key, num_images), lambda calls: None)
         for count in steps:
-            sampler = make_sampler(model, timesteps(model.schedule.num_steps, count))
+            tau = timesteps(model.schedule.num_steps, count)
             for eta in etas:
                 parts = []
-                for indices in chunks:
-                    x_T = initial_noise(key, indices, model.image_shape)
-                    parts.append(np.asarray(sampler(x_T, image_keys(noise_key, indices), eta=eta)))
-                    bar.update(len(indices) * count)
+                for first in range(0, num_images, CHUNK):
+                    part = x_T[first : first + CHUNK]
+                    parts.append(np.asarray(walk(part, tau, ddim(eta), None, (), first)[0]))
+                    bar.update(len(part) * count)
                 cells[eta, count] = np.concatenate(parts)
     return cells
 
@@ -173,12 +178,17 @@ def _pixels(dataset: Dataset) -> np.ndarray:
     return np.asarray(to_model(dataset.arrays()["image"]))
 
 
-def _trajectory(model: Model) -> plots.Figure:
-    tau = timesteps(model.schedule.num_steps, STEPS[-1])
-    x_T = initial_noise(jax.random.key(0), 3, model.image_shape)
-    at = tau[np.linspace(0, len(tau) - 1, 8).round().astype(int)]
-    path = trajectory(model.denoise, x_T, model.schedule, tau, at=at.tolist())
-    return plots.trajectory_strip(path.t, np.asarray(path.x_t), np.asarray(path.x_0))
+def _trajectory(explored: Exploration) -> plots.Figure:
+    """Of three images with the most steps, at η = 0."""
+    path = explored.paths[-1]
+    x_t, x_0 = (states[0, 0, :3, :-1].swapaxes(0, 1) for states in (path.x_t, path.x_0))
+    return plots.trajectory_strip(path.t[:-1], x_t, x_0)
+
+
+def _explored(model: Model, dataset: Dataset) -> Exploration:
+    originals = of_dataset(model, dataset, EXPLORED)
+    names = [""] * EXPLORED
+    return explore(model, names, originals=originals, steps=STEPS, num_positions=PLACES)
 
 
 def _page(
@@ -210,6 +220,8 @@ def _page(
             f"number of steps S and each η: {results['seconds']:.0f} seconds, training "
             f"{results['training_seconds']:.0f} of them. Every panel starts from the same x_T: "
             "at η = 0 the same latents give the same digits whatever S is.</p>",
+            '<p><a href="explorer.html"><b>Open the explorer</b></a>: sliders for S, η, the path '
+            "between two x_T and t, and real digits encoded and decoded.</p>",
             plots.panels_html(panels, rows=len(ETAS)),
             "<h2>Fréchet distance in pixel space</h2>",
             plots.table_html(["", *(f"S = {s}" for s in STEPS), "real"], rows),

@@ -31,6 +31,7 @@ SECTIONS = {
     "discrete": "Appendix A: categories",
     "solvers": "Solvers: quality against network calls",
     "objectives": "Objectives: what to predict, and how to weigh it",
+    "distillation": "Distillation: students beside the solvers at the same calls",
 }
 Rows = list[list[str]]
 
@@ -289,6 +290,17 @@ def _objectives(result: dict[str, Any]) -> list[str]:
     return [plots.table_html([result["name"], *(f"S = {s}" for s in steps)], rows), note]
 
 
+def _distillation(result: dict[str, Any]) -> list[str]:
+    steps, rows = _grid(result["rows"], "way", str, lambda c: _pm(c["distance"], c["se"]))
+    cell = result["cells"][0]
+    seeds = ", ".join(map(str, result["settings"]["seeds"]))
+    note = (
+        f'<p class="note">{cell["num_images"]:,} samples at η = 0, ladders of seeds {seeds}; real '
+        f"half against half: {_pm(result['floors'][0]['distance'], result['floors'][0]['se'])}.</p>"
+    )
+    return [plots.table_html([cell["name"], *(f"S = {s}" for s in steps)], rows), note]
+
+
 def _papers_table(table: dict[str, Any], steps: Sequence[int]) -> list[str]:
     header = [f"S = {s}" for s in steps]
     return [
@@ -306,6 +318,7 @@ def _text(text: str) -> Callable[[], list[str]]:
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "table1": _table1, "table2": _table2, "table3": _table1, "fig4": _fig4, "fig5": _fig5,
     "fig6": _fig6, "discrete": _discrete, "solvers": _solvers, "objectives": _objectives,
+    "distillation": _distillation,
 }  # fmt: skip
 PAPER: dict[str, Callable[[], list[str]]] = {
     "table1": lambda: _papers_table(paper.TABLE1, paper.TABLE1_STEPS),

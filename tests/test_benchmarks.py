@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddim_jax.networks.paper import PAPER
-from experiments.benchmarks import parallel, peers, sampling, training
+from experiments.benchmarks import parallel, peers, profile, sampling, training
 
 WORDS = ["--small", "--no-memory", "--batch", "2", "--rounds", "2", "--dtype", "float32"]
 
@@ -98,3 +98,27 @@ def test_parallel_beside_sample(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parallel.main(["--window", "0"])
     assert "--window must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_profile_counts_each_kernel_as_what_is_fused_in_it(capsys, monkeypatch):
+    """The programs are of this machine's compiler; the kernels are as a GPU's trace has them."""
+    kernels = [
+        profile.Kernel("sm90_xmma_fprop_implicit_gemm", "cudnn-conv.3", 6e-3, 3),
+        profile.Kernel("memcpy32_post", "command_buffer_1", 1e-3, 5),
+    ]
+
+    def record(call, rounds, keep):
+        jax.block_until_ready(call())
+        return kernels, 10e-3, 2e-3
+
+    monkeypatch.setattr(profile, "record", record)
+    profile.main(["--preset", "digits", "--batch", "2", "--rounds", "2", "--steps", "3"])
+    printed = capsys.readouterr().out
+    assert printed.count("| convolution, product | ") == 3
+    assert "a train step, digits, batch 2, bfloat16: 5.00 ms each" in printed
+    assert "2 train steps in a call, digits, batch 2, bfloat16: 5.00 ms each" in printed
+    assert "| copy, layout | 0.50 | 10.0% |" in printed
+    assert "| gaps | 1.00 | 20.0% |" in printed
+    ours = jax.jit(lambda x: jnp.sqrt(x) + 1).lower(jnp.ones(4)).compile().as_text()
+    assert any("sqrt" in words for words in profile.fused_names(ours).values())

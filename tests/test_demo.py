@@ -66,6 +66,7 @@ def test_demo_makes_its_page(made):
     out, small, said = made
     assert {path.name for path in out.iterdir()} == {
         "index.html",
+        "explorer.html",
         "samples.png",
         "trajectory.png",
         "loss.png",
@@ -74,7 +75,7 @@ def test_demo_makes_its_page(made):
     }
     text = (out / "index.html").read_text()
     assert text.count("data:image/png;base64,") == 2 * 2 + 1 + 2  # panels, real digits, figures
-    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert re.findall(r"(?:src|href)=\"(?!data:)(.*?)\"", text) == ["explorer.html"]
     results = (out / "results.json").read_text()
     assert str(out.parent) not in results
     results = json.loads(results)

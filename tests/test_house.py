@@ -5,6 +5,7 @@ no line here. A new wing needs one.
 """
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -59,14 +60,17 @@ def wing(module):
     return module.split(".")[0]
 
 
+@functools.cache  # each file is read once, not once for each door
 def imports(path):
     """Dotted names of what a file imports, wherever in it; of `from a import b` both a and a.b."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
+            found += [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path} uses a relative import"
-            yield from ((node.module, alias.name) for alias in node.names)
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
 
 
 def ours(module):

@@ -37,6 +37,10 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
         "ddim_jax.cli.sample:sample",
         "Draw images with a trained model, and save them as one PNG, or as you say.",
     ),
+    "explore": (
+        "ddim_jax.cli.explore:explore",
+        "Make one HTML file with sliders for S, η, the path between two x_T, and t.",
+    ),
     "generate": (
         "ddim_jax.cli.generate:generate",
         "Draw many images, for evaluation, into a folder of .npy shards; called again, it goes on.",

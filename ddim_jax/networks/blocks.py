@@ -65,6 +65,7 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
+    @jax.named_scope("group_norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         (b, _, _, c), groups = x.shape, self.groups
         y = x.astype(jnp.float32)
@@ -162,6 +163,7 @@ class AttnBlock(nnx.Module):
         self.v = dense(channels, self.heads * width, config)
         self.proj_out = dense(self.heads * width, channels, config)
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, _ = x.shape
         y = self.norm(x) if hasattr(self, "norm") else x

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,43 +14,82 @@ from ddim_jax.data import Dataset, batch_indices
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.step import Metrics
 
+IN_FLIGHT = 2  # calls handed to the device before the host waits for one
 MAX_SKIPPED = 100  # updates in a row, after which a run that skips them stops nevertheless
 
 
-def collect(
-    waiting: dict[str, list[float]],
-    pending: list[Metrics],
-    step: int,
-    in_a_row: int,
-    dataset: Dataset,
-    config: TrainConfig,
-) -> int:
-    """Fetches the metrics of the steps up to `step`; FloatingPointError names the first bad one.
+class Collected:
+    """Metrics of steps that are made, and not yet in a line of the log.
 
-    They are (K,) of each call. Takes and returns the number of updates skipped in a row.
+    Args:
+      config, dataset: of the run.
+      waiting: name → values of the steps since the last line, as `position` gave them.
+      skipped_in_a_row: updates left out one after another, likewise.
     """
-    calls = jax.device_get(pending)  # waits for the devices
-    fetched = [dict(zip(call, values)) for call in calls for values in zip(*call.values())]
-    for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
-        values = {name: float(value) for name, value in metrics.items()}
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        waiting: dict[str, list[float]],
+        skipped_in_a_row: int,
+    ):
+        self._config, self._dataset = config, dataset
+        self.waiting, self._in_a_row = waiting, skipped_in_a_row
+        self._pending: list[Metrics] = []  # on the devices, (K,) of each call
+
+    def add(self, metrics: Metrics) -> None:
+        """Those of one call; waits for no call but the one `IN_FLIGHT` before."""
+        self._pending.append(metrics)
+        if len(self._pending) > IN_FLIGHT:
+            self._pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
+
+    def measured(self, values: Mapping[str, float]) -> None:
+        """What is measured now and then, for the next line."""
+        for name, value in values.items():
+            self.waiting.setdefault(name, []).append(value)
+
+    def fetch(self, step: int) -> None:
+        """Fetches all up to `step`; FloatingPointError names the first bad one."""
+        calls = jax.device_get(self._pending)  # waits for the devices
+        self._pending = []
+        fetched = [dict(zip(call, values)) for call in calls for values in zip(*call.values())]
+        for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
+            self._take(at, {name: float(value) for name, value in metrics.items()})
+
+    def _take(self, at: int, values: dict[str, float]) -> None:
+        config = self._config
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad and not (config.skip_nonfinite and math.isfinite(values["param_norm"])):
-            images = batch_indices(dataset, config.batch_size, config.seed, at - 1)
+            images = batch_indices(self._dataset, config.batch_size, config.seed, at - 1)
             raise FloatingPointError(
                 f"{bad[0]} is {values[bad[0]]} at step {at}: training stopped. Its batch was "
-                f"images {first(images)} of {dataset.name}. Checkpoints are from before it; try a "
-                "lower learning_rate or grad_clip in a new run, or skip_nonfinite"
+                f"images {first(images)} of {self._dataset.name}. Checkpoints are from before it; "
+                "try a lower learning_rate or grad_clip in a new run, or skip_nonfinite"
             )
-        waiting.setdefault("skipped", []).append(float(bool(bad)))
+        self.waiting.setdefault("skipped", []).append(float(bool(bad)))
         for name, value in values.items():
-            waiting.setdefault(name, []).extend([] if bad else [value])
-        in_a_row = in_a_row + 1 if bad else 0
-        if in_a_row >= MAX_SKIPPED:
+            self.waiting.setdefault(name, []).extend([] if bad else [value])
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        if self._in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"the {MAX_SKIPPED} updates up to step {at} were all skipped, as none had a finite "
                 "loss and gradient: training stopped"
             )
-    return in_a_row
+
+    def means(self) -> dict[str, float]:
+        """Of what waits, which is then gone; nothing where every update was skipped."""
+        waiting = self.waiting
+        if not waiting["loss"]:
+            return {}
+        self.waiting = {}
+        means = {name: sum(v) / len(v) for name, v in waiting.items() if name != "skipped"}
+        return means | ({"skipped": sum(waiting["skipped"])} if self._config.skip_nonfinite else {})
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps beside the state."""
+        waiting = {"waiting": self.waiting, "skipped_in_a_row": self._in_a_row}
+        return {"batch": step, **waiting}
 
 
 class Meter:
@@ -75,22 +115,17 @@ class Meter:
         """Since the start."""
         return time.perf_counter() - self._began
 
-    def line(self, step: int, waiting: Mapping[str, list[float]]) -> dict[str, float]:
+    def line(self, step: int, means: Mapping[str, float]) -> dict[str, float]:
         """Of the steps since the last line up to this one, which have just been made."""
         now = time.perf_counter()
         speed = (step - self._since) * self._config.batch_size / (now - self._last)
-        line = {"step": step, **means(waiting, self._config), "images_per_second": speed}
+        line = {"step": step, **means, "images_per_second": speed}
         if self._flops > 0:
             line["flops_per_second"] = speed * self._flops
         if self._flops > 0 and self._peak:
             line["mfu"] = speed * self._flops / self._peak
         self._since, self._last = step, now
         return line | {"seconds": now - self._began}
-
-
-def means(waiting: Mapping[str, list[float]], config: TrainConfig) -> dict[str, float]:
-    means = {name: sum(v) / len(v) for name, v in waiting.items() if name != "skipped"}
-    return means | ({"skipped": sum(waiting["skipped"])} if config.skip_nonfinite else {})
 
 
 def forecast(steps: int, left: int, seconds: float, compiling: float, batch_size: int) -> str:

@@ -12,7 +12,6 @@ from os import PathLike
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.tree_util import Partial
 from tqdm import tqdm
 
@@ -22,30 +21,26 @@ from ddim_jax.process.prediction import predicts
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import (
     Checkpoints,
-    saved_steps,
 )
 from ddim_jax.training import averages, parallel
-from ddim_jax.training.collecting import Meter, collect, forecast
+from ddim_jax.training.collecting import Collected, Meter, forecast
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.feeding import Feed, make_steps, steps_per_call
 from ddim_jax.training.held_out import make_held_out
 from ddim_jax.training.preview import Preview
-from ddim_jax.training.resuming import INHERITED, check_facts, check_run, placed, restore_latest
+from ddim_jax.training.resuming import check_facts, check_run, take_up
 from ddim_jax.training.run_folder import MetricsLog, Preempted, StopSignals, locked
 from ddim_jax.training.step import (
     DENOISING,
     ApplyFn,
-    Metrics,
     Params,
     TrainState,
-    init_state,
     make_train_step,
     objective,
 )
 from ddim_jax.training.watching import check_wandb
 
 FIRST_MINUTE = 60.0  # seconds of steps after which the user is told how long the run will take
-IN_FLIGHT = 2  # calls handed to the device before the host waits for one
 
 
 def fit(
@@ -131,63 +126,45 @@ def fit(
     directory = pathlib.Path(directory)
     folder = directory / "checkpoints"
     apply_fn = predicts(apply_fn, objective(schedule, config)[0], schedule=schedule)
-    mesh, config_dict = check_run(dataset, config, directory, facts, num_classes, resume)
-    check_facts(config_dict, params, schedule, dataset, num_classes, folder, say)
+    mesh, facts = check_run(dataset, config, directory, facts, num_classes, resume)
+    check_facts(facts, params, schedule, dataset, num_classes, folder, say)
     if wandb is not None:
         check_wandb(directory, wandb)
-    params = jax.tree.map(np.asarray, params)
     loss = jax.device_put(loss, parallel.replicated(mesh))
-    like = jax.eval_shape(lambda p: init_state(p, config), params)
-    sharding = parallel.state_sharding(mesh, like)
     with locked(directory), StopSignals() as signals:
-        step, waiting, in_a_row = 0, {}, 0  # metrics not yet logged, updates skipped
-        if saved_steps(folder):
-            like = jax.tree.map(placed, like, sharding)
-            restored = restore_latest(folder, like, fallback, say, config_dict)
-            state, step = restored.state, restored.step
-            waiting, in_a_row = (restored.data_state[k] for k in ("waiting", "skipped_in_a_row"))
-            inherited = INHERITED & restored.config.keys()
-            config_dict |= {name: restored.config[name] for name in inherited}
-            if step > config.num_updates:
-                raise ValueError(
-                    f"{directory} is at step {step}, past num_updates = {config.num_updates}"
-                )
-        else:
-            state = jax.jit(lambda p: init_state(p, config), out_shardings=sharding)(params)
-        start = step
+        state, start, waiting = take_up(folder, params, config, mesh, fallback, say, facts)
         kept = averages.begin(directory, state.params, start) if config.post_hoc else []
         follow = averages.follow if config.post_hoc else averages.leave
         size = (config.batch_size, *dataset.image_shape)
-        flops = 3 * flops_per_image(apply_fn, like.params, size, num_classes)
+        flops = 3 * flops_per_image(apply_fn, state.params, size, num_classes)
         peak = parallel.peak_flops(jax.devices()[0].device_kind)
         calls = steps_per_call(config, start, flops * config.batch_size / mesh.size, peak)
         feed = Feed(dataset, config, mesh, start, calls)
         train_step = make_train_step(apply_fn, schedule, config, num_classes, mesh)
         steps: Any = make_steps(train_step, mesh, follow)
-        shape = dataset.image_shape
-        tau = config_dict.get("tau")
-        preview = Preview(apply_fn, schedule, shape, num_classes, mesh, config.seed, say, tau)
+        preview = Preview(apply_fn, schedule, size[1:], num_classes, mesh, config.seed, say,
+                          facts.get("tau"))  # fmt: skip
         held_out = make_held_out(
             apply_fn, schedule, dataset.held_out, config, num_classes, mesh, loss
         )
+        collected = Collected(config, dataset, **waiting)
         meter = Meter(config, flops, peak and peak * mesh.size, start)
-        pending: list[Metrics] = []  # on the devices, (calls,) each
-        owed = stop = told = False  # a line; to end early; how long it will take
+        step, owed, stop, told = start, False, False, False  # a line; to end early; how long
         shown = progress and jax.process_index() == 0
 
         def write_line(step: int) -> None:
-            if waiting["loss"]:
-                line = meter.line(step, waiting)
+            collected.fetch(step)
+            if means := collected.means():
+                line = meter.line(step, means)
                 log.line(line)
                 speed = line["images_per_second"]
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
                 if on_log:
                     on_log(state, line)
-                waiting.clear()
 
         with (
             Checkpoints(folder, config.keep) as checkpoints,
-            MetricsLog(directory, start, wandb, config_dict) as log,
+            MetricsLog(directory, start, wandb, facts) as log,
             tqdm(total=config.num_updates, initial=start, unit="step", disable=not shown) as bar,
         ):
             if step < config.num_updates:
@@ -199,32 +176,27 @@ def fit(
                 if config.sample_every:
                     preview.prepare(state.ema)
                 meter.reset()
-            while step < config.num_updates:
+            while step < config.num_updates and not stop:
                 state, kept, metrics = steps(state, kept, data, next(feed), loss)
                 if owed:  # of the calls before this one, with which the devices are busy now
-                    in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
                     write_line(step)
-                    pending, owed = [], False
                 step += calls
-                pending.append(metrics)
-                if len(pending) > IN_FLIGHT:
-                    pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
+                collected.add(metrics)
                 bar.update(calls)
                 last = step == config.num_updates
                 stop = signals.requested(step // calls) and not last
-                to_save = step % config.checkpoint_every == 0 or last or stop
+                at_checkpoint = step % config.checkpoint_every == 0 or last
+                to_save = at_checkpoint or stop
                 to_log = step % config.log_every == 0 or last
                 drawn = config.sample_every and (step % config.sample_every == 0 or last)
                 if not told and (passed := meter.seconds) > FIRST_MINUTE and not last:
                     told, left = True, config.num_updates - step
                     say(forecast(step - start, left, passed, compiling, config.batch_size))
                 owed = to_log and not (to_save or drawn or on_log)
-                if to_save or (to_log and not owed):
-                    in_a_row = collect(waiting, pending, step, in_a_row, dataset, config)
-                    pending = []
-                if held_out and (step % config.checkpoint_every == 0 or drawn or last):
-                    for name, value in held_out(state).items():
-                        waiting.setdefault(name, []).append(value)
+                if to_save:
+                    collected.fetch(step)
+                if held_out and (at_checkpoint or drawn):
+                    collected.measured(held_out(state))
                 if to_log and not owed:
                     write_line(step)
                 if drawn and not stop:
@@ -232,10 +204,8 @@ def fit(
                 if to_save and config.post_hoc:
                     averages.store(directory, kept, step)
                 if to_save:
-                    position = {"batch": step, "waiting": waiting, "skipped_in_a_row": in_a_row}
-                    checkpoints.save(step, state, position, config_dict)
-                if stop:
-                    break
+                    checkpoints.save(step, state, collected.position(step), facts)
+        waiting = collected.waiting
         if waiting.get("skipped") and not stop:
             say(f"the last {len(waiting['skipped'])} updates were skipped, and are in no line")
         if step < config.num_updates:

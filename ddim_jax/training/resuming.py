@@ -29,7 +29,7 @@ from ddim_jax.storage.files import differences, flat
 from ddim_jax.training import parallel
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.run_folder import LOG
-from ddim_jax.training.step import Params, TrainState
+from ddim_jax.training.step import Params, TrainState, init_state
 from ddim_jax.weights import from_facts
 
 # These may change when a run is resumed; anything else would make it another run. Those of the
@@ -218,7 +218,37 @@ def check_facts(
         )
 
 
-def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def take_up(
+    folder: pathlib.Path,
+    params: Params,
+    config: TrainConfig,
+    mesh: Mesh,
+    fallback: bool,
+    say: Callable[[str], None],
+    facts: dict[str, Any],
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The state of the latest checkpoint, or the first one; its step; what waits for the log.
+
+    `facts`, which the checkpoints to come hold, get what is said only once, when a run begins.
+    """
+    params = jax.tree.map(np.asarray, params)
+    like = jax.eval_shape(lambda p: init_state(p, config), params)
+    sharding = parallel.state_sharding(mesh, like)
+    if not saved_steps(folder):
+        state = jax.jit(lambda p: init_state(p, config), out_shardings=sharding)(params)
+        return state, 0, {"waiting": {}, "skipped_in_a_row": 0}
+    like = jax.tree.map(_placed, like, sharding)
+    restored = restore_latest(folder, like, fallback, say, facts)
+    facts |= {name: restored.config[name] for name in INHERITED & restored.config.keys()}
+    if restored.step > config.num_updates:
+        raise ValueError(
+            f"{folder.parent} is at step {restored.step}, past num_updates = {config.num_updates}"
+        )
+    waiting = {name: restored.data_state[name] for name in ("waiting", "skipped_in_a_row")}
+    return restored.state, restored.step, waiting
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -268,10 +268,11 @@ def make_train_step(
             )
             value, grads = jax.tree.map(lambda v: v / parts, total)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        rate = ema_rate(state.step, config.ema_decay)
-        ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
+        with jax.named_scope("optimiser"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            rate = ema_rate(state.step, config.ema_decay)
+            ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
         new = TrainState(state.step + 1, params, ema, opt_state)
         if config.skip_nonfinite:
             finite = jnp.isfinite(value) & jnp.isfinite(norm)

@@ -4,8 +4,8 @@
 
 A trace of `jax.profiler`, read by this script: each kernel is looked up in the compiled program by
 the name of its operation, and counted by what was fused into it. "gaps" is the time between the
-first and the last kernel in which none runs. One kind takes what is fused of several: a convolution
-before a normalisation, that before what is element-wise.
+first and the last kernel in which none runs. One kind takes what is fused of several, the first in
+the order of `KINDS`.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.networks.flops import count_flops
 from ddim_jax.networks.unet import build
+from ddim_jax.sampling.plan import Plan
+from ddim_jax.sampling.plan import run as run_plan
 from ddim_jax.storage.files import write_whole
-from ddim_jax.training import parallel
-from ddim_jax.training.presets import PRESETS
-from ddim_jax.training.step import init_state, make_train_step
+from ddim_jax.training import averages, feeding, parallel
+from ddim_jax.training.presets import PRESETS, Preset
+from ddim_jax.training.step import DENOISING, init_state, make_train_step
 
 # kind → what the name of a kernel, or of an operation fused into it, says; the first that fits.
 KINDS = {
     "collective": r"all-reduce|all-gather|reduce-scatter|nccl",
-    "convolution, product": r"conv_general_dilated|dot_general|convolution|__cudnn\$conv|fprop|"
-    r"dgrad|wgrad|gemm|xmma|cutlass|implicit|sm90_|cublas|fmha|attention",
-    "optimiser, average": r"/(adam|optax|clip|ema|mul_optimizer)|scale_by_adam|apply_updates",
-    "normalisation": r"norm[12]|norm_out|/norm/|GroupNorm|rsqrt",
-    "softmax": r"softmax|reduce_max",
+    "attention": r"/attention/|fmha",
+    "convolution, product": r"conv_general_dilated|dot_general|__cudnn\$conv|fprop|dgrad|wgrad|"
+    r"gemm|xmma|cutlass|cublas",
+    "optimiser, average": r"/optimiser/",
+    "normalisation, activation": r"/group_norm/",
     "concatenation": r"concatenate",
     "random numbers": r"threefry|random_bits|erf_inv|rng",
-    "copy, layout": r"copy|transpose|memcpy|nchwToNhwc|nhwcToNchw|bitcast",
+    "copy, layout": r"copy|transpose|memcpy|memset|nchwToNhwc|nhwcToNchw",
 }
 OTHER = "element-wise and other"
 
@@ -63,13 +65,13 @@ def fused_names(program: str) -> dict[str, str]:
     Example:
       >>> text = '''
       ... %fused (p: f32[2]) -> f32[2] {
-      ...   ROOT %m = f32[2] multiply(%p, %p), metadata={op_name="jit(f)/norm1/mul"}
+      ...   ROOT %m = f32[2] multiply(%p, %p), metadata={op_name="jit(f)/group_norm/mul"}
       ... }
       ... ENTRY %main {
       ...   %loop_fusion.3 = f32[2] fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="y"}
       ... }'''
-      >>> fused_names(text)["loop_fusion.3"]
-      'fusion y jit(f)/norm1/mul'
+      >>> fused_names(text)["loop_fusion_3"]
+      'fusion y jit(f)/group_norm/mul'
     """
     inside: dict[str, list[str]] = collections.defaultdict(list)
     found, calls, computation = {}, {}, ""
@@ -85,19 +87,31 @@ def fused_names(program: str) -> dict[str, str]:
             if called := re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
                 calls[one[1]] = called[1]
     return {
-        name: " ".join([words, *inside.get(calls.get(name, ""), [])])
+        kernel_name(name): " ".join([words, *inside.get(calls.get(name, ""), [])])
         for name, words in found.items()
     }
+
+
+def kernel_name(operation: str) -> str:
+    """What XLA calls the kernel of a fusion: fusion.3 is fusion_3."""
+    return re.sub(r"[.\-]", "_", operation)
+
+
+def says(kernel: Kernel, names: Mapping[str, str]) -> str:
+    """All that is known of a kernel; in a command buffer its own name alone tells which it is."""
+    own = names.get(kernel_name(kernel.name)) or names.get(kernel_name(kernel.operation), "")
+    return f"{kernel.name} {own}"
 
 
 def kind_of(kernel: Kernel, names: Mapping[str, str]) -> str:
     """Which of `KINDS` a kernel is.
 
     Example:
-      >>> kind_of(Kernel("loop_fusion_3", "loop_fusion.3", 1e-3, 1), {"loop_fusion.3": "norm1/mul"})
-      'normalisation'
+      >>> kernel = Kernel("loop_fusion_3", "command_buffer_1", 1e-3, 1)
+      >>> kind_of(kernel, {"loop_fusion_3": "fusion jit(f)/group_norm/mul"})
+      'normalisation, activation'
     """
-    words = f"{kernel.name} {kernel.operation} {names.get(kernel.operation, '')}"
+    words = says(kernel, names)
     return next((kind for kind, says in KINDS.items() if re.search(says, words)), OTHER)
 
 
@@ -139,33 +153,86 @@ def record(
     return sorted(kernels, key=lambda k: -k.seconds), span / 1e9, (span - busy) / 1e9
 
 
-def table(title: str, found: tuple[list[Kernel], float, float], program: str, flops: float,
-          rounds: int) -> dict[str, Any]:  # fmt: skip
+class Subject(NamedTuple):
+    """What is profiled."""
+
+    name: str
+    call: Callable[[], Any]
+    program: str  # the compiled one's text
+    flops: float  # of a call
+    parts: int  # of a call: steps, say
+
+
+def subjects(preset: Preset, batch: int, steps: int, rounds: int) -> Iterator[Subject]:
+    """A train step alone, `rounds` of them in one call as `fit` makes them, and a sampler."""
+    network, classes = preset.model, preset.model.num_classes
+    apply_fn, params = build(network, jax.random.key(0))
+    schedule, shape = preset.schedule.build(), (batch, *network.image_shape)
+    x, t = jnp.zeros(shape), jnp.ones(batch, int)
+    labels = {} if classes is None else {"labels": t}
+    forward = count_flops(apply_fn, params, x, t, **labels)
+    train = dataclasses.replace(preset.train, batch_size=batch)
+    step = make_train_step(apply_fn, schedule, train, classes)
+    images = {"image": jnp.zeros(shape, jnp.uint8), "label": t}
+    many = jax.tree.map(lambda v: jnp.stack([v] * rounds), images)
+    run = feeding.make_steps(step, parallel.make_mesh(devices=jax.devices()[:1]), averages.leave)
+    both = (step.lower(init_state(params, train), images).compile(),
+            run.lower(init_state(params, train), [], {}, many, DENOISING).compile())  # fmt: skip
+    state = init_state(params, train)
+
+    def alone() -> Any:
+        nonlocal state
+        state, metrics = both[0](state, images)
+        return metrics
+
+    def together() -> Any:
+        nonlocal state
+        state, _, metrics = both[1](state, [], {}, many, DENOISING)
+        return metrics
+
+    yield Subject("a train step", alone, both[0].as_text(), 3 * forward, 1)
+    name, work = f"{rounds} train steps in a call", 3 * forward * rounds
+    yield Subject(name, together, both[1].as_text(), work, rounds)
+    plan = ddim.ddim(0.0)(schedule, ddim.timesteps(schedule.num_steps, steps))
+
+    @jax.jit
+    def draw(params: Any, x: jax.Array, plan: Plan) -> jax.Array:
+        return run_plan(partial(apply_fn, params, **labels), x, plan)[0]
+
+    drawing = draw.lower(params, x, plan).compile()
+    name = f"sample, S = {steps}"
+    yield Subject(name, lambda: drawing(params, x, plan), drawing.as_text(), steps * forward, steps)
+
+
+def table(subject: Subject, title: str, rounds: int, keep: pathlib.Path | None) -> dict[str, Any]:
     """Prints the kinds, most first; returns them with the fifty dearest kernels."""
-    kernels, span, gaps = found
-    names = fused_names(program)
+    kernels, span, gaps = record(subject.call, rounds, keep and keep.with_suffix(".xplane.pb"))
+    if keep:
+        write_whole(keep.with_suffix(".hlo.txt"), subject.program.encode())
+    names, each = fused_names(subject.program), 1e3 / (rounds * subject.parts)
     kinds: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
         kinds[kind_of(kernel, names)] += kernel.seconds
     kinds["gaps"] = gaps
-    print(f"\n{title}: {1e3 * span / rounds:.2f} ms, {flops * rounds / span / 1e12:.0f} TFLOP/s")
+    speed = subject.flops * rounds / span
+    print(f"\n{title}: {each * span:.2f} ms each, {speed / 1e12:.0f} TFLOP/s")
     print("| kind | ms | share |\n|---|---|---|")
     for kind, seconds in kinds.most_common():
-        print(f"| {kind} | {1e3 * seconds / rounds:.2f} | {seconds / span:.1%} |")
+        print(f"| {kind} | {each * seconds:.2f} | {seconds / span:.1%} |")
     return {
         "title": title,
-        "ms": 1e3 * span / rounds,
-        "flops": flops,
-        "kinds": {kind: 1e3 * seconds / rounds for kind, seconds in kinds.most_common()},
+        "ms": each * span,
+        "flops_per_second": speed,
+        "kinds": {kind: each * seconds for kind, seconds in kinds.most_common()},
         "kernels": [
-            {**k._asdict(), "kind": kind_of(k, names), "what": names.get(k.operation, "")[:400]}
+            {**k._asdict(), "kind": kind_of(k, names), "what": says(k, names)[:400]}
             for k in kernels[:50]
         ],
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Profiles a train step and a sampler."""
+    """Profiles training and a sampler."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="cifar10", choices=PRESETS)
     parser.add_argument("--batch", type=int, nargs="+", default=[128])
@@ -173,52 +240,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--programs", type=pathlib.Path, help="a folder for programs and traces")
+    parser.add_argument("--keep", type=pathlib.Path, help="a folder for traces and programs")
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]()
-    network = dataclasses.replace(preset.model, dtype=args.dtype)
-    apply_fn, params = build(network, jax.random.key(0))
-    schedule, shape = preset.schedule.build(), network.image_shape
+    preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, dtype=args.dtype))
     results = []
     for batch in args.batch:
-        train = dataclasses.replace(preset.train, batch_size=batch)
-        step = make_train_step(apply_fn, schedule, train, network.num_classes)
-        images = {"image": jnp.zeros((batch, *shape), jnp.uint8), "label": jnp.zeros(batch, int)}
-        state = init_state(params, train)
-        x, t = jnp.zeros((batch, *shape)), jnp.ones(batch, int)
-        labels = {} if network.num_classes is None else {"labels": t}
-
-        def kept(name: str, batch: int = batch) -> pathlib.Path | None:
-            return args.programs and args.programs / f"{name}-{batch}.xplane.pb"
-
-        forward = count_flops(apply_fn, params, x, t, **labels)
-        compiled = step.lower(state, images).compile()
-
-        def update(compiled: Any = compiled, images: Any = images) -> Any:
-            nonlocal state
-            state, metrics = compiled(state, images)
-            return metrics
-
-        title = f"train step, {args.preset}, batch {batch}, {args.dtype}"
-        program = compiled.as_text()
-        results.append(
-            table(
-                title, record(update, args.rounds, kept("step")), program, 3 * forward, args.rounds
-            )
-        )
-        plan = ddim.ddim(0.0)(schedule, ddim.timesteps(schedule.num_steps, args.steps))
-        draw = jax.jit(
-            lambda params, x, plan, labels=labels: _run(apply_fn, params, x, plan, labels)
-        )
-        drawing = draw.lower(params, x, plan).compile()
-        title = f"sample, {args.preset}, batch {batch}, S = {args.steps}, {args.dtype}"
-        found = record(lambda x=x, plan=plan, drawing=drawing: drawing(params, x, plan),
-                       args.rounds, kept("sample"))  # fmt: skip
-        work = args.steps * forward
-        results.append(table(title, found, drawing.as_text(), work, args.rounds))
-        if args.programs:
-            (args.programs / f"step-{batch}.txt").write_text(program)
-            (args.programs / f"sample-{batch}.txt").write_text(drawing.as_text())
+        for subject in subjects(preset, batch, args.steps, args.rounds):
+            title = f"{subject.name}, {args.preset}, batch {batch}, {args.dtype}"
+            keep = args.keep and args.keep / re.sub(r"\W+", "-", title)
+            rounds = 1 if subject.parts == args.rounds else args.rounds
+            results.append(table(subject, title, rounds, keep))
     kind = jax.devices()[0].device_kind
     peak = parallel.peak_flops(kind)
     print(f"\n{kind}, jax {jax.__version__}; peak {(peak or 0) / 1e12:.0f} TFLOP/s")
@@ -227,13 +259,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_whole(args.json, json.dumps(facts, indent=1).encode())
 
 
-def _run(apply_fn: Any, params: Any, x: jax.Array, plan: Any, labels: dict[str, Any]) -> jax.Array:
-    from ddim_jax.sampling.plan import run
-
-    inputs = {name: jnp.zeros_like(value) for name, value in labels.items()}
-    return run(lambda x, t: apply_fn(params, x, t, **inputs), x, plan)[0]
-
-
 if __name__ == "__main__":
-    np.set_printoptions(precision=3)
     main()
