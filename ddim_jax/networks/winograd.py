@@ -44,8 +44,8 @@ def pays(
     | 32; 32 to 32        | 1.1 and 0.9  | 1.1 and 1.2  | 1.0 and 0.9  |
 
     Each shape costs 0.13 s to compile, so it is not taken where a network has little to gain:
-    below 12 × 12 pixels, 64 channels or `PRODUCTS`. F(4×4, 3×3) takes as long and is twenty times
-    less exact.
+    below 12 × 12 pixels, 64 channels or `PRODUCTS`. F(4×4, 3×3) takes up to a quarter less time,
+    but errs by 2e-5 of the largest value where this errs by 1e-6.
 
     Args:
       y: (B, H', W') of the output.
@@ -134,7 +134,7 @@ def _fast(x: jax.Array, kernel: jax.Array, *, padding: Padding, options: Any, ba
 def _batched(args: Any, axes: Any, **params: Any) -> Any:
     x, kernel = args
     if axes[1] is not None:
-        return jax.vmap(partial(plain, **params), axes)(x, kernel), 0
+        return jax.vmap(lambda x, kernel: plain(x, kernel, **params), axes)(x, kernel), 0
     x = jnp.moveaxis(x, axes[0], 0)
     y = conv3.bind(x.reshape(-1, *x.shape[2:]), kernel, **params)
     return y.reshape(*x.shape[:2], *y.shape[1:]), 0
