@@ -108,6 +108,9 @@ def test_where_it_is_taken(case):
     (size,) = jax.export.symbolic_shape("b")
     batch = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
     assert not taken(batch, kernel)
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("batch")))
+    assert not taken(spread, kernel)
 
 
 def test_its_operations_are_those_of_the_convolution(case):

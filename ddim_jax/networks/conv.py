@@ -55,9 +55,9 @@ def conv(
     symbolic = not all(isinstance(size, int) for size in (batch, height, width))
     if symbolic or x.dtype != jax.numpy.float32:
         return plain(x, kernel)
-    value = plain
-    shape = batch, height, width
-    if x.shape[3] == kernel.shape[2] and pays(shape, kernel.shape, strides, padding):
+    value, shape = plain, (batch, height, width)
+    whole = x.shape[3] == kernel.shape[2] and not _is_laid_out(x) and not _is_laid_out(kernel)
+    if whole and pays(shape, kernel.shape, strides, padding):
         fixed = {"padding": ((low, high), tuple(columns)), "options": tuple(kwargs.items())}
         value = partial(conv3.bind, **fixed, back=False)
     step = max(PIXELS // (batch * width), 2)
@@ -88,3 +88,9 @@ def conv(
 
     f.defjvp(jvp, symbolic_zeros=True)
     return f(x, kernel)
+
+
+def _is_laid_out(x: jax.Array) -> bool:
+    """Whether its type says that it is spread over devices, of which `conv3` knows nothing."""
+    type_ = jax.typeof(x)
+    return any(type_.sharding.spec) or bool(getattr(type_, "vma", ()))
