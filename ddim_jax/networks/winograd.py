@@ -131,6 +131,13 @@ def _fast(x: jax.Array, kernel: jax.Array, *, padding: Padding, options: Any, ba
     return winograd(x, kernel[::-1, ::-1].swapaxes(2, 3), around)
 
 
+def _on_cpu(context: Any, *args: Any, **params: Any) -> Any:
+    """`_fast`, except where XLA is to spread one program over devices: it would gather the batch."""
+    devices = getattr(context.module_context.axis_context, "num_devices", 1)
+    form = _fast if devices == 1 else plain
+    return mlir.lower_fun(form, multiple_results=False)(context, *args, **params)
+
+
 def _batched(args: Any, axes: Any, **params: Any) -> Any:
     x, kernel = args
     if axes[1] is not None:
@@ -161,4 +168,4 @@ conv3.def_impl(lambda x, kernel, **params: jax.jit(partial(conv3.bind, **params)
 ad.defbilinear(conv3, _x_bar, _kernel_bar)
 batching.primitive_batchers[conv3] = _batched
 mlir.register_lowering(conv3, mlir.lower_fun(plain, multiple_results=False))
-mlir.register_lowering(conv3, mlir.lower_fun(_fast, multiple_results=False), platform="cpu")
+mlir.register_lowering(conv3, _on_cpu, platform="cpu")
