@@ -132,7 +132,7 @@ def _fast(x: jax.Array, kernel: jax.Array, *, padding: Padding, options: Any, ba
 
 
 def _on_cpu(context: Any, *args: Any, **params: Any) -> Any:
-    """`_fast`, except where XLA is to spread one program over devices: it would gather the batch."""
+    """`_fast`, but not where XLA is to spread a program over devices: it would gather the batch."""
     devices = getattr(context.module_context.axis_context, "num_devices", 1)
     form = _fast if devices == 1 else plain
     return mlir.lower_fun(form, multiple_results=False)(context, *args, **params)
