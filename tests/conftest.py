@@ -1,6 +1,7 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks."""
 
 import contextlib
+import functools
 import gc
 import itertools
 import mmap
@@ -14,6 +15,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax")
 os.environ.setdefault("DDIM_JAX_CACHE", os.path.abspath(".cache/data"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
+import jax._src.interpreters.mlir  # in every JAX, but promised by none
 import jaxlib
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,6 +42,12 @@ if "XLA_FLAGS" not in os.environ:  # read when JAX first looks for devices
 jax.config.update("jax_num_cpu_devices", 8)  # pretended, so that sharding is tested everywhere
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Each program is written down in a new context of MLIR, whose making costs a small one most of its
+# time. Here they share one, until `forget`.
+CONTEXT = getattr(jax._src.interpreters.mlir, "make_ir_context", None)
+if CONTEXT is not None:
+    CONTEXT = jax._src.interpreters.mlir.make_ir_context = functools.cache(CONTEXT)
 
 gc.set_threshold(100_000, 20, 100)  # traces are many objects, and none of them garbage: a tenth
 
@@ -120,3 +128,5 @@ def forget():
     yield
     if next(MODULES) % 10 == 0:
         jax.clear_caches()
+        if CONTEXT is not None:
+            CONTEXT.cache_clear()

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -213,30 +214,32 @@ def test_the_variance_trap():
 
 @pytest.mark.parametrize("spacing", ["linear", "quadratic", "logsnr"])
 @pytest.mark.parametrize("steps", [5, 20, 100])
-@pytest.mark.parametrize(
-    ("eta", "hat"), [(0.0, False), (0.2, False), (0.5, False), (1.0, False), (1.0, True)]
-)
-def test_variance_of_every_eta_and_tau(spacing, steps, eta, hat):
+def test_variance_of_every_eta_and_tau(spacing, steps):
+    """x_0 is linear in x_T and in each z: drawn from unit vectors, it shows the weight of each."""
     tau = ddim.timesteps(1000, steps, spacing, schedule=SCHEDULE)
-    n = 20_000
-    x_T = ddim.initial_noise(jax.random.key(0), n, (1,))
-    key = jax.random.key(1)
-    method = ddim.ddpm("large") if hat else ddim.ddim(eta)
-    x_0 = ddim.sample(exact, x_T, SCHEDULE, tau, key=key, method=method)
-    want = gaussian_variance_recursion(tau, eta, hat)
-    assert abs(float(x_0.var()) - want) < 4 * want * np.sqrt(2 / n)
+    unit = np.eye(steps + 1, dtype=np.float32)
+    run = jax.jit(
+        lambda plan: ddim.sample(
+            exact, unit[0], SCHEDULE, plan.t[::-1], method=lambda *_: plan, noise=unit[1:]
+        )
+    )
+    for eta, hat in ((0.0, False), (0.2, False), (0.5, False), (1.0, False), (1.0, True)):
+        method = ddim.ddpm("large") if hat else ddim.ddim(eta)
+        plan = method(SCHEDULE, tau)
+        if plan.steps.sigma is None:  # the program of every η
+            plan = dataclasses.replace(plan, steps=plan.steps._replace(sigma=np.zeros(steps)))
+        want = gaussian_variance_recursion(tau, eta, hat)
+        np.testing.assert_allclose(np.sum(np.square(run(plan))), want, rtol=1e-3)
 
 
 def test_sigma_hat_final_noise():
-    n = 20_000
-    x_T = ddim.initial_noise(jax.random.key(0), n, (1,))
     tau = [300, 1000]  # a large last step, so that its noise shows
-    last = 1 - A[300]
+    last, unit = 1 - A[300], np.eye(3, dtype=np.float32)
     for final in (False, True):
         method = ddim.ddpm("large", final_noise=final)
-        x_0 = ddim.sample(exact, x_T, SCHEDULE, tau, key=jax.random.key(1), method=method)
+        x_0 = ddim.sample(exact, unit[0], SCHEDULE, tau, method=method, noise=unit[1:])
         want = gaussian_variance_recursion(tau, 1.0, hat=True) + final * last
-        assert abs(float(x_0.var()) - want) < 4 * want * np.sqrt(2 / n)
+        np.testing.assert_allclose(np.sum(np.square(x_0)), want, rtol=1e-4)
 
 
 def test_sigma_given_step_by_step():
@@ -281,7 +284,7 @@ def stochastic(x_T, key, tau):
     return ddim.sample(exact, x_T, SCHEDULE, tau, 0.8, key)
 
 
-@given(st.sampled_from([1, 12]), st.sampled_from([1, 3]), st.data())
+@given(st.sampled_from([1, 12]), st.sampled_from([1, 6]), st.data())
 def test_batch_split_invariance(steps, cut, data):
     """Image k does not depend on the batch it was drawn in, η > 0 included."""
     tau = sorted(data.draw(st.sets(st.integers(1, 1000), min_size=steps, max_size=steps)))

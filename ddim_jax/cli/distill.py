@@ -80,7 +80,10 @@ def distill(
 def _as_then(own: DataConfig | None, given: DataConfig, model: str) -> DataConfig:
     """The data that the teacher learned from, but for what is said of them here."""
     if own is None:
-        raise ValueError(f"{model} does not say what it learned from: name it with --data.name")
+        raise ValueError(
+            f"{model} does not say what it learned from: name it with --data.name (data that are "
+            "code, module:function, are run only where they are named)"
+        )
     usual = DataConfig("")
     said = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     return dataclasses.replace(

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ddim_jax.cli.options import SourceOptions, check_writable
 from ddim_jax.data import Dataset, load
+from ddim_jax.data.sets import HUGGING_FACE
 from ddim_jax.generation.condition import condition
 from ddim_jax.generation.exploring import (
     ETAS,
@@ -24,6 +25,7 @@ from ddim_jax.generation.exploring import (
 )
 from ddim_jax.pictures.decoding import decode
 from ddim_jax.pictures.images import crop_resize, save_new
+from ddim_jax.training.presets import learned_from
 from ddim_jax.weights import Model
 
 
@@ -33,6 +35,7 @@ def explore(
     out: pathlib.Path | None = None,
     labels: tuple[str, ...] | None = None,
     data: str | None = None,
+    data_dir: pathlib.Path | None = None,
     images: tuple[pathlib.Path, ...] | None = None,
     num_images: int | None = None,
     steps: tuple[int, ...] | None = None,
@@ -53,6 +56,7 @@ def explore(
       labels: classes of the images in turn, by name or number, or none; by default all.
       data: the originals to encode are the first images of this data set, as of train --data.name;
         by default of the model's own, if it is at hand, else what the model drew.
+      data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
       images: or these picture files: the centre square of each, brought to the model's size.
       num_images: how many are drawn, and encoded of the data; by default 10 up to 16×16 pixels,
         else 5.
@@ -79,7 +83,7 @@ def explore(
     classes = getattr(loaded.config, "num_classes", None)
     every = labels == ("all",) or (labels is None and classes)
     drawn = condition(loaded, "all" if every else labels)
-    originals = _originals(loaded, data, images, num_images)
+    originals = _originals(loaded, data, data_dir, images, num_images)
     with tqdm(total=num_calls(steps, etas, positions), unit="call", desc="drawing") as bar:
         page = explore_page(
             loaded,
@@ -110,7 +114,11 @@ def _out(model: str, out: pathlib.Path | None, overwrite: bool) -> pathlib.Path:
 
 
 def _originals(
-    model: Model, data: str | None, files: tuple[pathlib.Path, ...] | None, count: int
+    model: Model,
+    data: str | None,
+    data_dir: pathlib.Path | None,
+    files: tuple[pathlib.Path, ...] | None,
+    count: int,
 ) -> Originals | None:
     """What to encode; None where nothing is at hand."""
     if files is not None:
@@ -120,26 +128,28 @@ def _originals(
         names = [file.stem for file in files]
         return Originals(pixels, no_labels(model, len(files)), names, "The originals are yours.")
     if data is not None:
-        dataset = load(data)
+        dataset = load(data, data_dir=data_dir)
         if dataset.image_shape != model.image_shape:
             raise ValueError(
                 f"{data} has images of {dataset.image_shape}, the model of {model.image_shape}: "
                 "give files with --images, which are cropped and resized"
             )
     else:
-        found = _own_data(model)
+        found = _own_data(model, data_dir)
         if found is None:
             return None
         dataset = found
     return of_dataset(model, dataset, count)
 
 
-def _own_data(model: Model) -> Dataset | None:
-    """What the model learned from, where it is at hand and as it was."""
-    own = model.facts.get("data", {})
+def _own_data(model: Model, data_dir: pathlib.Path | None) -> Dataset | None:
+    """What the model learned from, where it is at hand without code or a download, as it was."""
+    own = learned_from(model.facts)
+    if own is None or own.name.startswith(HUGGING_FACE):
+        return None
     try:
-        dataset = load(own["name"], own["split"])
-    except (KeyError, TypeError, ValueError, OSError, ModuleNotFoundError):
+        dataset = own.load(data_dir)
+    except (TypeError, ValueError, OSError, ModuleNotFoundError):
         return None
     return dataset if dataset.image_shape == model.image_shape else None
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ddim_jax import data
 from ddim_jax.data import Dataset
+from ddim_jax.data.sets import OWN
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.pictures.images import crop_resize
 from ddim_jax.process.schedule import ScheduleConfig
@@ -53,12 +54,15 @@ class DataConfig:
 def learned_from(facts: Mapping[str, Any]) -> DataConfig | None:
     """The images that a model learned from, cropped and resized as then, where its facts say so.
 
+    Data that are code, module:function, are left out: what a file says is not run unasked.
+
     Example:
       >>> learned_from({"data": {"name": "mnist/3.0.1", "transform": {"resize": 8}}}).resize
       8
+      >>> learned_from({"data": {"name": "builtins:exec", "split": "print('hello')"}})
     """
     own = facts.get("data") or {}
-    if "name" not in own:
+    if "name" not in own or OWN.fullmatch(own["name"]):
         return None
     transform = own.get("transform") or {}
     return DataConfig(
