@@ -124,7 +124,7 @@ MODULES = itertools.count(1)
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Compiled programs are forgotten after every thirty modules; by a whole run a worker grows to 2.5 GB."""
+    """Compiled programs are forgotten now and then; without it a worker grows to 2.5 GB."""
     yield
     if next(MODULES) % 30 == 0:
         jax.clear_caches()
