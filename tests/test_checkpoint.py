@@ -235,7 +235,7 @@ def test_damage_is_named_and_the_other_steps_still_restore(tmp_path, four_and_fi
         restore(tmp_path, make_state())
     assert str(tmp_path / "5") in str(error.value)
     assert_same(restore(tmp_path, make_state(), step=4).state, make_state(4))
-    gc.collect()  # Orbax leaves tasks unawaited when it fails; they end in this test
+    gc.collect(1)  # Orbax leaves tasks unawaited when it fails; they, young, end in this test
 
 
 def test_a_foreign_or_newer_checkpoint(tmp_path):
