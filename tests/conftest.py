@@ -33,7 +33,7 @@ def known(flag):
     libraries = pathlib.Path(jaxlib.__file__).parent.glob("*.so*")
     library = max(libraries, key=lambda path: path.stat().st_size)
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        return code.find(flag.encode()) >= 0
+        return code.find(f"\0{flag}\0".encode()) >= 0  # a field that is gone keeps its name there
 
 
 if "XLA_FLAGS" not in os.environ:  # read when JAX first looks for devices
