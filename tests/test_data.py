@@ -321,6 +321,8 @@ def test_a_worker_that_would_start_workers_says_so_and_ends(monkeypatch):
     next(data.batches(indexed(5), 4, 0))
 
 
+# grain may wait for ever on a worker killed at a bad moment: seen once.
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error():
     before = set(multiprocessing.active_children())
     batches = data.batches(indexed(50), 4, 0, num_workers=1, prefetch=1)
