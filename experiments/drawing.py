@@ -62,7 +62,7 @@ def strips(rows: Mapping[str, np.ndarray]) -> Figure:
     columns, count = len(next(iter(rows.values()))), len(rows)
     images = np.concatenate(list(rows.values()))
     tiles = grid(images, columns, scale=max(1, 32 // images.shape[1]))
-    size = (0.5 * columns + 2.0, 0.5 * count + 0.2)
+    size = (0.5 * columns + 0.2 + 0.07 * max(map(len, rows)), 0.5 * count + 0.2)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(tiles)
     axis.set_anchor("E")

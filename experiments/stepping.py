@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.sampling import clip_x0
 from ddim_jax.sampling.inversion import invert_step
-from ddim_jax.sampling.plan import Plan, check_network, run
+from ddim_jax.sampling.plan import Plan, check_network, run, single_rows, with_noise
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
 AHEAD = 4  # steps that wait on the device: enough to keep it busy, few for others to wait behind
@@ -79,11 +79,11 @@ class Stepper:
             (k mod K)-th.
         """
         check_network(self.model.apply_fn, plan)
-        if key is not None and plan.steps.sigma is None:
-            plan = _with_noise(plan)
+        if key is not None:
+            plan = with_noise(plan)
         x, numbers = jax.device_put((x, numbers), self.split)
         step, waiting = self._step(clip), deque[jax.Array]()
-        for row in _rows(plan):
+        for row in single_rows(plan) if plan.weights is None else [plan]:
             x = step(self.params, x, row, key, numbers)
             waiting.append(x)
             if len(waiting) > AHEAD:
@@ -124,22 +124,6 @@ class Stepper:
         numbers = np.arange(first, first + size, dtype=np.uint32)
         x_T = self.noise(keys[0], numbers)
         return self.pixels(self.run(x_T, plan, clip=clip, key=keys[1], numbers=numbers))
-
-
-def _with_noise(plan: Plan) -> Plan:
-    """The same plan in the program of those that add noise: σ = 0."""
-    steps = plan.steps._replace(sigma=np.zeros(len(plan.t)))
-    return dataclasses.replace(plan, steps=steps)
-
-
-def _rows(plan: Plan) -> Iterator[Plan]:
-    """Plans of one row each; a plan with a memory remains whole."""
-    if plan.weights is not None:
-        yield plan
-        return
-    plan = jax.tree.map(np.asarray, plan)
-    for i in range(len(plan.t)):
-        yield jax.tree.map(lambda v, i=i: v[i : i + 1], plan)
 
 
 @functools.lru_cache(maxsize=2)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import textwrap
@@ -321,9 +322,14 @@ def test_a_worker_that_would_start_workers_says_so_and_ends(monkeypatch):
     next(data.batches(indexed(5), 4, 0))
 
 
-# grain may wait for ever on a worker killed at a bad moment: seen once.
-@pytest.mark.slow
-def test_a_killed_worker_is_an_error():
+@pytest.mark.slow  # grain may wait for ever on a worker killed at a bad moment: seen once
+def test_a_killed_worker_is_an_error(request):
+    def late(*_):
+        raise TimeoutError("grain waits for a worker that is dead")
+
+    request.addfinalizer(lambda: signal.alarm(0))
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
     before = set(multiprocessing.active_children())
     batches = data.batches(indexed(50), 4, 0, num_workers=1, prefetch=1)
     next(batches)

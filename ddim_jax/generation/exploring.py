@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ddim_jax.pictures.explorer import SMALL, Codes, Exploration, Path, explorer
 from ddim_jax.pictures.images import to_model, to_uint8
 from ddim_jax.process.spacing import timesteps
 from ddim_jax.sampling import ddim, encoder, initial_noise, reconstruction_error, slerp
-from ddim_jax.sampling.plan import Method, Plan, run
+from ddim_jax.sampling.plan import Method, Plan, run, single_rows, with_noise
 from ddim_jax.weights import Model
 
 STEPS = (5, 10, 20, 50)
@@ -178,12 +179,9 @@ def _rows(plan: Plan, plain: bool) -> Iterator[Plan]:
 
     Where x̂_0 is as predicted (`plain`), down is told the t of the state: the program of up too.
     """
-    steps, t = plan.steps, np.asarray(plan.t, np.int32)
-    sigma = np.zeros(len(t)) if steps.sigma is None else steps.sigma
-    told = steps._replace(sigma=None) if plan.told is None and plain else plan.told
-    whole = Plan(t, steps._replace(sigma=sigma), told=told)
-    for k in range(len(t)):
-        yield jax.tree.map(lambda v, k=k: np.asarray(v)[k : k + 1], whole)
+    if plan.told is None and plain:
+        plan = dataclasses.replace(plan, told=plan.steps._replace(sigma=None))
+    return single_rows(with_noise(plan))
 
 
 def _codes(

@@ -14,7 +14,7 @@ compiled program.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -212,6 +212,21 @@ def rows(plan: Plan, dtype: Any) -> Plan:
         return v.astype(jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else dtype)
 
     return jax.tree.map(cast, plan)
+
+
+def with_noise(plan: Plan) -> Plan:
+    """The plan in the program of those that add noise: σ = 0 where there is none."""
+    steps = plan.steps
+    if steps.sigma is not None:
+        return plan
+    return dataclasses.replace(plan, steps=steps._replace(sigma=steps.direction * 0))
+
+
+def single_rows(plan: Plan) -> Iterator[Plan]:
+    """Plans of one step each, for a host that steps: one program for every S and τ."""
+    plan = jax.tree.map(np.asarray, plan)
+    for k in range(len(plan.t)):
+        yield jax.tree.map(lambda v, k=k: v[k : k + 1], plan)
 
 
 def noise_keys(

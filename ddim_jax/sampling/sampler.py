@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, image_keys,
 from ddim_jax.process.prediction import Predictor, prediction_of, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.methods import ddim
-from ddim_jax.sampling.plan import Method, Plan, check_network, noise_keys, run
+from ddim_jax.sampling.plan import Method, Plan, check_network, noise_keys, run, with_noise
 
 
 class Trajectory(NamedTuple):
@@ -236,9 +235,8 @@ def make_sampler(
         )
         check_network(apply_fn, plan)
         keys = noise_keys(plan, x_T, key)
-        if keys is not None and plan.steps.sigma is None:  # the program of every η
-            steps = plan.steps._replace(sigma=plan.steps.direction * 0)
-            plan = dataclasses.replace(plan, steps=steps)
+        if keys is not None:  # the program of every η
+            plan = with_noise(plan)
         return jitted(model.params if params is None else params, inputs, x_T, plan, keys)
 
     return sampler

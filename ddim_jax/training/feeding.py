@@ -79,7 +79,7 @@ class Feed:
     """
 
     def __init__(self, dataset: Dataset, config: TrainConfig, mesh: Mesh, start: int, size: int):
-        self._resident, self._size = on_device(dataset, config), size
+        self._resident, self._size, self.mesh = on_device(dataset, config), size, mesh
         self._whole = parallel.replicated(mesh)
         self._split = NamedSharding(mesh, PartitionSpec(None, parallel.AXES))
         self._stream = batches(
@@ -132,11 +132,26 @@ class Feed:
         }
 
 
+def make_update(
+    train_step: Callable[..., tuple[TrainState, Metrics]],
+    follow: Callable[..., Any],
+    feed: Feed,
+    state: TrainState,
+    kept: Any,
+    loss: Partial,
+) -> Callable[[TrainState, Any], tuple[TrainState, Any, Metrics]]:
+    """Compiles `make_steps` while images are decoded: (state, kept) → those after the next call."""
+    steps = make_steps(train_step, feed.mesh, follow)
+    compiled = steps.lower(state, kept, feed.data_like, feed.like, loss).compile()
+    data = feed.data()
+    return lambda state, kept: compiled(state, kept, data, next(feed), loss)
+
+
 def make_steps(
     train_step: Callable[..., tuple[TrainState, Metrics]],
     mesh: Mesh,
     follow: Callable[..., Any],
-) -> Callable[..., tuple[TrainState, Any, Metrics]]:
+) -> Any:
     """Several train steps in one call.
 
     Args:

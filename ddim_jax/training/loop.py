@@ -25,7 +25,7 @@ from ddim_jax.storage.checkpoint import (
 from ddim_jax.training import averages, parallel
 from ddim_jax.training.collecting import Collected, Meter, forecast
 from ddim_jax.training.config import TrainConfig
-from ddim_jax.training.feeding import Feed, make_steps, steps_per_call
+from ddim_jax.training.feeding import Feed, make_update, steps_per_call
 from ddim_jax.training.held_out import make_held_out
 from ddim_jax.training.preview import Preview
 from ddim_jax.training.resuming import check_facts, check_run, take_up
@@ -139,9 +139,7 @@ def fit(
         flops = 3 * flops_per_image(apply_fn, state.params, size, num_classes)
         peak = parallel.peak_flops(jax.devices()[0].device_kind)
         calls = steps_per_call(config, start, flops * config.batch_size / mesh.size, peak)
-        feed = Feed(dataset, config, mesh, start, calls)
         train_step = make_train_step(apply_fn, schedule, config, num_classes, mesh)
-        steps: Any = make_steps(train_step, mesh, follow)
         preview = Preview(apply_fn, schedule, size[1:], num_classes, mesh, config.seed, say,
                           facts.get("tau"))  # fmt: skip
         held_out = make_held_out(
@@ -169,15 +167,16 @@ def fit(
         ):
             if step < config.num_updates:
                 bar.set_postfix_str("compiling")
-                steps = steps.lower(state, kept, feed.data_like, feed.like, loss).compile()
-                data, compiling = feed.data(), meter.seconds
+                feed = Feed(dataset, config, mesh, start, calls)
+                update = make_update(train_step, follow, feed, state, kept, loss)
+                compiling = meter.seconds
                 bar.set_postfix_str(f"compiled in {compiling:.0f} s")
                 bar.unpause()  # the clock of its speed
                 if config.sample_every:
                     preview.prepare(state.ema)
                 meter.reset()
             while step < config.num_updates and not stop:
-                state, kept, metrics = steps(state, kept, data, next(feed), loss)
+                state, kept, metrics = update(state, kept)
                 if owed:  # of the calls before this one, with which the devices are busy now
                     write_line(step)
                 step += calls
