@@ -114,7 +114,7 @@ def run(
     drawn = {name: plots.png_bytes(figure) for name, figure in pictures.items()}
     for name, png in drawn.items():
         write_whole(out / name, png)
-    write_whole(out / "explorer.html", page_of(model, "the demo's digits", explored).encode())
+    write_whole(out / "explorer.html", page_of(model, "the demo's network", explored).encode())
     write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     html = _page(out, dataset, cells, scores, results, drawn)
     write_whole(page, html.encode())  # last: it is finished

@@ -239,8 +239,8 @@ def page_of(model: Model, title: str, explored: Exploration) -> str:
     """The page of an `Exploration` of the model of that name."""
     height, width, _ = model.image_shape
     about = (
-        f"{len(explored.names)} images of {height}×{width} from the model {title}, drawn "
-        "beforehand with every setting of these sliders. Each slider moves the same images."
+        f"{len(explored.names)} images of {height}×{width}, drawn beforehand by {title} with every "
+        "setting of these sliders. Each slider moves the same images."
     )
     return explorer_html(f"DDIM explorer: {title}", about, explored)
 
