@@ -168,7 +168,7 @@ def _distance_rows(result: dict[str, Any], steps: list[int], counts: dict[int, i
     floors = {f["num_images"]: _pm(f["distance"], f["se"]) for f in result["floors"]}
     nearest = [min(floors, key=lambda n: abs(n - counts[s])) for s in steps]
     return [
-        ["real half against half", *(f"{floors[n]} (n = {n:,})" for n in nearest)],
+        ["real images", *(f"{floors[n]} (n = {n:,})" for n in nearest)],
         ["samples n", *(f"{counts[s]:,}" for s in steps)],
     ]
 

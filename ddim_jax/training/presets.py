@@ -50,6 +50,23 @@ class DataConfig:
         )
         return data.hold_out(whole, self.holdout)
 
+    def at_hand(self, data_dir: str | os.PathLike[str] | None = None) -> bool:
+        """Whether there is such a data set here; what is wrong with one that is there is raised.
+
+        Example:
+          >>> DataConfig("digits").at_hand(), DataConfig("cifar10").at_hand("/nowhere")
+          (True, False)
+        """
+        try:
+            self.load(data_dir)
+        except ImportError:
+            return False
+        except ValueError as error:
+            if not str(error).startswith("no data set"):
+                raise
+            return False
+        return True
+
 
 def learned_from(facts: Mapping[str, Any]) -> DataConfig | None:
     """The images that a model learned from, cropped and resized as then, where its facts say so.
