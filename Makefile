@@ -1,4 +1,4 @@
-# make demo   train on the bundled digits and draw: demo/index.html
+# make demo   train on the bundled digits and draw, and in colour: demo/index.html
 # make test   every test that takes seconds, and the linters; the same examples everywhere
 # make test-all   the long tests and pages too, and fresh examples from a SEED that it draws and prints
 # make docs   the site, strictly: site/index.html
@@ -10,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo
 RESULTS ?= results
-MODEL  ?= digits
+MODEL  ?= cifar10-small
 SEED   := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
 
 .PHONY: demo paper test test-all lint format docs wheel constraints clean

@@ -149,6 +149,7 @@ def page(title: str, body: Sequence[str]) -> str:
         "figcaption,.note,dd{color:#666}code{background:#f3f3f3;padding:.1rem .3rem}"
         "figure{margin:1rem 0}.panels{display:grid;gap:.75rem;grid-template-columns:1fr 1fr}"
         ".panels figure{margin:0}.panels img{width:100%;image-rendering:pixelated}"
+        ".panels.smooth img{image-rendering:auto}"
         ".panels figcaption{font-size:.85rem}"
         "@media(min-width:40rem){td,th{padding:.3rem .9rem}"
         ".panels{grid-auto-flow:column;grid-template-columns:none;grid-auto-columns:1fr;grid-template-rows:repeat(var(--rows),auto)}}"
@@ -170,12 +171,13 @@ def figure_html(png: bytes, caption: str) -> str:
     )
 
 
-def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int) -> str:
+def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int, smooth: bool = False) -> str:
     """Pictures and their captions side by side: columns of `rows`, on a phone two in a row.
 
     Args:
       panels: uint8 (H, W, 3) and caption, column by column.
       rows: panels in a column of a wide screen.
+      smooth: scaled smoothly by the browser, as photographs are.
 
     Returns:
       An HTML fragment.
@@ -185,7 +187,8 @@ def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int) -> str:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="PNG")
         figures.append(figure_html(buffer.getvalue(), caption))
-    return f'<div class="panels" style="--rows:{rows}">' + "".join(figures) + "</div>"
+    kind = "panels smooth" if smooth else "panels"
+    return f'<div class="{kind}" style="--rows:{rows}">' + "".join(figures) + "</div>"
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
