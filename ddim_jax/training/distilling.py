@@ -142,9 +142,10 @@ def distill(
       model: the teacher, of `load_model`.
       tau: (S,) its τ, S = to · 2^k.
       dataset: the images to noise; those that the teacher learned from.
-      config: of each stage, `RECIPE`, say; or as many as there are stages, the first one's first. A student predicts `config.prediction` where that is
-        "x_0", "v" or "edm"; where it is "eps", the default, what its teacher does, and v where that
-        is ε, of which few steps at much noise make nothing.
+      config: of each stage, `RECIPE`, say; or as many as there are stages, the first one's first.
+        A student predicts `config.prediction` where that is "x_0", "v" or "edm"; where it is "eps",
+        the default, what its teacher does, and v where that is ε, of which few steps at much noise
+        make nothing.
       directory: made if missing.
       to: S of the last student.
       source: the model's name, to be kept.
@@ -166,8 +167,9 @@ def distill(
     folders = [stage_folder(directory, students) for students in ladder[1:]]
     configs = [config] * len(folders) if isinstance(config, TrainConfig) else list(config)
     if len(configs) != len(folders):
-        raise ValueError(f"got {len(configs)} configs for {len(folders)} stages: give one, or one "
-                         "for each")  # fmt: skip
+        raise ValueError(
+            f"got {len(configs)} configs for {len(folders)} stages: give one, or one for each"
+        )
     configs = [dataclasses.replace(c, **_learned(model.prediction, c)) for c in configs]
     model.prediction.check(coefficients(schedule, ladder[0], 0))
     if model.config.out_channels not in (None, model.config.in_channels):

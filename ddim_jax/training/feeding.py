@@ -176,8 +176,12 @@ def make_steps(
         }
 
     def steps(
-        state: TrainState, kept: Any, data: Batch, batches: Batch, loss: Partial,
-        num_updates: Any = None
+        state: TrainState,
+        kept: Any,
+        data: Batch,
+        batches: Batch,
+        loss: Partial,
+        num_updates: Any = None,
     ) -> tuple[TrainState, Any, Metrics]:
         def one(carry: tuple[TrainState, Any], batch: Batch) -> tuple[tuple[TrainState, Any], Any]:
             state, metrics = train_step(carry[0], taken(data, batch), loss, num_updates)

@@ -186,10 +186,11 @@ def make_train_step(
 
     Returns:
       Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}, loss=`DENOISING`,
-      num_updates=None) -> (state, metrics), the last as `make_optimizer` takes it. The given state is donated: do not use it again. metrics are scalars on the
-      device: "loss", "grad_norm" (before clipping) and "param_norm" (after the update). `loss` is a
-      `jax.tree_util.Partial`, whose arrays are arguments of the compiled step too: (denoise,
-      schedule, x_0, key, gamma, indices=…, labels=…) -> scalar, as `process.loss`.
+      num_updates=None) -> (state, metrics). The given state is donated: do not use it again.
+      metrics are scalars on the device: "loss", "grad_norm" (before clipping) and "param_norm"
+      (after the update). `loss` is a `jax.tree_util.Partial`, whose arrays are arguments of the
+      compiled step too: (denoise, schedule, x_0, key, gamma, indices=…, labels=…) -> scalar, as
+      `process.loss`; so is `num_updates`, see `make_optimizer`.
 
     Raises:
       ValueError: apply_fn says that it predicts something else than `config.prediction`; or as
