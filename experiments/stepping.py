@@ -89,14 +89,15 @@ class Stepper:
           key: of the noise; a plan without any takes it too, for the program of the others.
           numbers: (n,) uint32, the images' numbers; with a key. Of K classes image k then has the
             (k mod K)-th.
-          params: on the devices, in place of the model's: those of another with its network.
+          params: in place of the model's: those of another model with its network.
         """
         check_network(self.model.apply_fn, plan)
         if key is not None:
             plan = with_noise(plan)
-        params = self.params if params is None else params
+        params = self.params if params is None else jax.device_put(params, self.whole)
         x, numbers = jax.device_put((x, numbers), self.split)
-        past = jax.device_put(no_memory(plan, x), NamedSharding(self.mesh, PAST))
+        past = no_memory(plan, x)
+        past = jax.device_put(past, NamedSharding(self.mesh, PAST if past.size else WHOLE))
         step, waiting = self._step(clip), deque[jax.Array]()
         for row in single_rows(plan):
             x, past = step(params, (x, past), row, key, numbers)

@@ -665,7 +665,7 @@ def test_distillation_summarises_seeds_and_takes_the_best_tau(tmp_path):
 
 @pytest.mark.slow
 def test_distillation_scores_students_and_solvers_and_goes_on(tmp_path):
-    words = "--teacher-steps 4 --steps 2 1 --also 3 25 --seeds 4 --updates 2 4 --train-batch 4"
+    words = "--teacher-steps 4 --steps 2 1 --also 3 25 --seeds 4 --updates 2 4 --train-batch 8"
     words += " --num-images 8 --batch-size 4 --method unipc-2 --spacings linear logsnr"
     words = [*words.split(), "--out", str(tmp_path / "out")]
     with pytest.raises(pipeline.OutOfTimeError):
