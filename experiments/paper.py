@@ -32,7 +32,10 @@ PARTS = {  # → words where the network is large: 25,000 network calls in all
     "fig6": "--steps 20 --paths 8 --points 7",
     "solvers": "--rms-only --method ddim adams-bashforth-2 adams-bashforth-3 unipc-2 pf-euler "
     "--tau linear quadratic --steps 5 10 --num-images 8 --fine-samples 8 --fine-steps 100",
+    "discrete": "--steps 1 5 20 --train-steps 400",
+    "table3": "",
 }
+WITHOUT_MODEL = ("discrete", "table3")
 BATCH = "--batch-size 16"
 GFLOP = 1e9
 
@@ -48,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     large = flops_per_image(model.apply_fn, model.params, (1, *model.image_shape)) > GFLOP
     common = ["--model", args.model, "--or-not-run"]
     common += ["--data-dir", args.data_dir] if args.data_dir else []
-    plan = {name: [*(f"{words} {BATCH}".split() if large else []), *common]
-            for name, words in PARTS.items()}  # fmt: skip
     began, spent = time.perf_counter(), time.process_time()
-    for name, words in (plan | {"discrete": [], "table3": []}).items():
+    for name, size in PARTS.items():
+        words = [] if name in WITHOUT_MODEL else [*(BATCH.split() if large else []), *common]
+        words += size.split() if large else []
         start, cpu = time.perf_counter(), time.process_time()
         experiment = importlib.import_module(f"experiments.{name}")
         experiment.main([*words, "--out", str(args.out / name)])

@@ -440,12 +440,13 @@ def test_cifar10_is_judged_without_it(tmp_path):
 def test_the_parts_of_the_paper_are_taken(monkeypatch):
     """Their words are those of the experiment; nothing is run."""
     seen = []
-    for name, words in paper.PARTS.items():
+    parts = {name: words for name, words in paper.PARTS.items() if name != "table3"}  # has no model
+    for name, words in parts.items():
         module = importlib.import_module(f"experiments.{name}")
         monkeypatch.setattr(module, "Experiment", lambda name, args: seen.append(name) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             module.main([*f"{words} {paper.BATCH}".split(), "--or-not-run"])
-    assert seen == list(paper.PARTS)
+    assert seen == list(parts)
 
 
 def test_one_step_serves_every_plan():
