@@ -76,7 +76,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         "rows and columns. A comparison <b>holds</b> if it exceeds two standard errors, and is "
         "<b>within error</b> if neither it nor its opposite does.</p>",
         "<h2>Which of the orderings hold</h2>",
-        plots.table_html(["claim", "where", "verdict", "detail"], _all_claims(results)),
+        plots.table_html(["claim", "where", "verdict", "detail"], _all_claims(results), True),
     ]
     for name, title in SECTIONS.items():
         body.append(f"<h2>{html.escape(title)}</h2>")
