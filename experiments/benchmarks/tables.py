@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.benchmarks import peers, sampling, train_loop, training
 from experiments.benchmarks.peers import OURS
+from experiments.benchmarks.racing import Race
 
 
 def slug(text: str) -> str:
@@ -23,15 +24,18 @@ def slug(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8] if text else ""
 
 
-def of_race(race: Any, found: Mapping[str, Any], page: Any) -> dict[str, Any]:
+def of_race(
+    race: Race, found: Mapping[str, Any], page: Mapping[str, Any], work: float
+) -> dict[str, Any]:
     """Figures of each side, and the table as "text".
 
     Args:
       race: which.
       found: from `Course.run`.
-      page: gets the machine and its limits from whoever knows them first.
+      page: all that is known; its "machine" is told what the sides say of it, and its limits.
+      work: FLOP of one image and call of the network.
     """
-    spec, sides, machine = race.specs[0], found["sides"], page.found["machine"]
+    spec, sides, machine = race.specs[0], found["sides"], page["machine"]
     if OURS in sides:
         machine |= sides[OURS]["facts"]
     absent = dict(found["not run"])
@@ -44,7 +48,7 @@ def of_race(race: Any, found: Mapping[str, Any], page: Any) -> dict[str, Any]:
             text = train_loop.show(figures[OURS]) if OURS in figures else race.title
         return {"text": "\n".join([text, *_not_run(absent)]), "sides": figures, "not run": absent}
     passes = spec["steps"] or training.WORK[spec["what"]]
-    flops = passes * spec["batch"] * page.flops
+    flops = passes * spec["batch"] * work
     rows = {side: _row(side, row, sides, spec, flops, machine) for side, row in sides.items()}
     times = {side: [a["seconds"] for a in row["answers"]] for side, row in sides.items()}
     text = "\n".join([*_table(race.title, rows), *_not_run(absent)])
@@ -105,10 +109,9 @@ def _limits(figures: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     names = {OURS: "JAX", peers.EAGER: "PyTorch"}
     lines = [f"| {machine.get('kind', 'this machine')} | matrix product, TFLOP/s | copy, GB/s |",
              "|---|---|---|"]  # fmt: skip
-    lines += [
-        f"| {names[side]} | {v['flops_per_second'] / 1e12:.4g} | {v['bytes_per_second'] / 1e9:.4g} |"
-        for side, v in figures.items()
-    ]
+    for side, row in figures.items():
+        rate, copied = row["flops_per_second"] / 1e12, row["bytes_per_second"] / 1e9
+        lines.append(f"| {names[side]} | {rate:.4g} | {copied:.4g} |")
     return "\n".join(lines)
 
 

@@ -187,7 +187,7 @@ def figures(loop: Loop) -> dict[str, Any]:
     def ratio(over: str, under: str) -> dict[str, float]:
         return peers.spread([a / b for a, b in zip(parts[over], parts[under])])
 
-    checkpoints = max(1, loop.config.num_updates // (2 * loop.settings.every) - 1)
+    checkpoints = max(1, -(-loop.config.num_updates // (2 * loop.settings.every)) - 1)
     extra = [(sum(r["saving"]) - sum(r["fit"])) * loop.settings.every for r in rounds]
     flops, last = 3 * peers.network_flops(loop.network), rounds[-1]["last"]
     by_hand = last["images_per_second"] * flops
@@ -207,34 +207,30 @@ def figures(loop: Loop) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> str:
     """One table as Markdown."""
+    settings, logged, counted = found["settings"], found["logged"], found["counted"]
+    rows, fed, rate = [], found["input"], logged["images_per_second"]
 
-    def row(name: str, key: str, scale: float = 1, digits: int = 3) -> str:
-        low, middle, high = (scale * found[key][k] for k in ("least", "median", "most"))
-        return f"| {name} | {middle:.{digits}f} | {low:.{digits}f} to {high:.{digits}f} |"
+    def row(name: str, values: dict[str, float], scale: float = 1.0) -> None:
+        low, middle, high = (f"{scale * values[k]:.3f}" for k in ("least", "median", "most"))
+        rows.append(f"| {name} | {middle} | {low} to {high} |")
 
-    settings, seconds = found["settings"], found["seconds"]
-    logged, counted, fed = found["logged"], found["counted"], found["input"]
-    rate = settings["batch_size"] / seconds["fit"]["median"]
-    same = logged["flops_per_second"] / counted["flops_per_second"]
-    mfu = (
-        "peak not known"
-        if logged["mfu"] is None
-        else f"{logged['mfu']:.4f}, by hand {counted['mfu']:.4f}"
-    )
+    for name, key in (("by hand", "hand"), ("`fit`", "fit"), ("`fit`, resumed", "resumed")):
+        row(f"{name}, ms a step", found["seconds"][key], 1e3)
+    row("speed of `fit` / by hand", found["speed_over_hand"])
+    row("resumed / fresh", found["resumed_over_fresh"])
+    row("seconds that a checkpoint adds", found["seconds_a_checkpoint"])
+    of = logged["flops_per_second"] / counted["flops_per_second"]
     what = "indices of images on the device" if fed["data_on_device"] else "images"
-    return "\n".join([
-        f"| `fit`, {settings['preset']}, batch {settings['batch_size']} | median | extremes |",
-        "|---|---|---|",
-        *(f"| {name}, ms a step | {1e3 * seconds[k]['median']:.2f} | {1e3 * seconds[k]['least']:.2f} to {1e3 * seconds[k]['most']:.2f} |"
-          for name, k in (("by hand", "hand"), ("`fit`", "fit"), ("`fit` resumed", "resumed"))),
-        row("speed of `fit` / by hand", "speed_over_hand"),
-        row("resumed / fresh", "resumed_over_fresh"),
-        row("seconds a checkpoint adds", "seconds_a_checkpoint", digits=2),
-        f"| training, images/s | {rate:.0f} | |",
-        f"| FLOP/s in the log / by hand | {same:.4f} | |",
-        f"| MFU in the log | {mfu} | |",
-        f"| input alone, images/s ({what}) | {fed['images_per_second']:.0f} | {fed['images_per_second'] / rate:.0f}× training |",
-    ])  # fmt: skip
+    rows += [
+        f"| images/s in the log | {rate:.0f} | |",
+        f"| FLOP/s in the log / counted by hand | {of:.4f} | |",
+        "| MFU in the log; by hand | "
+        + (f"{logged['mfu']:.4f}; {counted['mfu']:.4f}" if counted["mfu"] else "no peak is known")
+        + " | |",
+        f"| input alone ({what}), images/s | {fed['images_per_second']:.0f} | |",
+    ]
+    title = f"`fit`, {settings['preset']}, batch {settings['batch_size']}"
+    return "\n".join([f"| {title} | median | extremes |", "|---|---|---|", *rows])
 
 
 def main() -> None:

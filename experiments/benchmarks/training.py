@@ -1,9 +1,9 @@
 """Training beside PyTorch: the same U-Net, weights, batch and optimiser.
 
-Forward (no dropout), forward + backward, and the whole step: noise, loss, gradients, clipping, Adam
-and moving average. Ours is `make_train_step`; theirs diffusers' `UNet2DModel` with PyTorch's fused
-Adam, eager and through `torch.compile`, channels last; bfloat16 by autocast, with weights in float32
-as ours. Operations are counted once forward and twice backward.
+Forward (no dropout), forward + backward, and the whole step: noise, loss, gradients, clipping,
+Adam and moving average. Ours is `make_train_step`; theirs diffusers' `UNet2DModel` with PyTorch's
+fused Adam, eager and through `torch.compile`, channels last; bfloat16 by autocast, with weights in
+float32 as ours. Operations are counted once forward and twice backward.
 """
 
 from __future__ import annotations
