@@ -18,6 +18,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -185,6 +186,7 @@ class Page:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints; with --json writes."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what was started ends with it
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Page(args, pathlib.Path(folder))
         said = ", ".join(f"{k} {v}" for k, v in page.found["machine"]["versions"].items())

@@ -51,6 +51,7 @@ class Plan:
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
             "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
         }
         if not ours or not self.args.gpu:
             own["JAX_PLATFORMS"] = "cpu"
@@ -84,8 +85,10 @@ class Plan:
 
     def fit(self) -> dict[str, Any]:
         """See `train_loop.Settings`."""
-        if self.args.small or not self.args.gpu:
-            return {"rounds": 1, "input_seconds": 1.0}
+        if self.args.small:
+            return {"steps": 10, "every": 5, "rounds": 1, "input_seconds": 0.1}
+        if not self.args.gpu:
+            return {}
         return {"preset": "cifar10", "batch_size": BATCHES[True][0], "dtype": self.args.dtype,
                 "steps": 300, "every": 100, "rounds": 1, "input_seconds": 2.0,
                 **self._data()}  # fmt: skip

@@ -18,12 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from experiments.benchmarks import peers
 
 STARTING, LOADED, PREPARING, READY, FAILED = "starting", "loaded", "preparing", "ready", "failed"
+AHEAD = 3  # races whose sides get ready while one waits or runs
 ANSWER_SECONDS = 60.0  # the longest that a timed call may take
 
 
@@ -39,7 +40,8 @@ class Worker:
     def __init__(self, spec: Mapping[str, Any], env: Mapping[str, str], log: pathlib.Path):
         self.spec, self.side, self._log = spec, spec["side"], log
         self.state, self.why, self.facts = STARTING, "", {}
-        self.began, self._halted = time.time(), 0.0
+        self.began = self._since = time.time()
+        self._halted = 0.0
         words = [sys.executable, "-m", "experiments.benchmarks.worker", json.dumps(spec)]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -75,7 +77,11 @@ class Worker:
     def prepare(self) -> None:
         """Tells it to compile."""
         self._tell("prepare")
-        self.state = PREPARING
+        self.state, self._since = PREPARING, time.time()
+
+    def waited(self) -> float:
+        """Seconds since it was told to start or to prepare, without those that it was halted."""
+        return time.time() - self._since - self._halted
 
     def ask(self, word: str, seconds: float) -> dict[str, Any] | None:
         """Its answer; None, and it has failed, if none comes in time."""
@@ -97,10 +103,8 @@ class Worker:
 
     def kill(self) -> None:
         """And what it started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
     @contextmanager
@@ -127,16 +131,12 @@ class Worker:
         }
 
     def _tell(self, word: str) -> None:
-        try:
+        with suppress(BrokenPipeError):  # the answer will be none
             self._process.stdin.write(word + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer will be none
 
     def _last_words(self) -> str:
-        lines = [
-            line for line in self._log.read_text(errors="replace").splitlines() if line.strip()
-        ]
+        lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1].strip()[:200] if lines else "it ended without a word"
 
 
@@ -179,10 +179,9 @@ class Course:
         """Starts and prepares what may be; with `hold`, nothing more of JAX's."""
         for worker in self.workers():
             worker.look()
-            patience = self._patience * (2 if worker.ours else 1)
-            if worker.state in (STARTING, PREPARING) and time.time() - worker.began > patience:
-                worker.fail(f"not ready in {patience:.0f} s")
-        for race in self._races:
+            if worker.state in (STARTING, PREPARING) and worker.waited() > self._patience:
+                worker.fail(f"not ready in {self._patience:.0f} s")
+        for race in self._races[: 1 + AHEAD]:
             while len(race.workers) < len(race.specs) and self._busy() < self._limit:
                 spec = dict(race.specs[len(race.workers)])
                 self._count += 1
@@ -212,9 +211,10 @@ class Course:
         for worker in late:
             worker.fail("not ready when the time was over")
         ready = [w for w in race.workers if w.state == READY]
-        answers, halted = [], [w for w in self.workers() if w.state == PREPARING]
+        busy = [w for w in self.workers() if w.state in (STARTING, PREPARING)]
+        answers: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            for worker in halted:
+            for worker in busy:
                 stack.enter_context(worker.halted())
             for _ in range(race.rounds):
                 answer = {w.side: w.ask("go", deadline - time.time()) for w in ready}

@@ -61,14 +61,14 @@ def by_hand(apply_fn: Any, alpha_bar: np.ndarray, config: Any) -> tuple[Any, Any
     root, rest = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     root, rest = jnp.asarray(root, jnp.float32), jnp.asarray(rest, jnp.float32)
 
-    def step(params, ema, opt_state, key, images, **labels):  # noqa: ANN
+    def step(params, ema, opt_state, key, images, **labels):
         x_0 = images.astype(jnp.float32) / 127.5 - 1
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
         t = jax.random.randint(t_key, x_0.shape[:1], 1, len(alpha_bar))
         noise = jax.random.normal(noise_key, x_0.shape)
         x_t = root[t][:, None, None, None] * x_0 + rest[t][:, None, None, None] * noise
 
-        def loss(params):  # noqa: ANN
+        def loss(params):
             return ((apply_fn(params, x_t, t, dropout_key, **labels) - noise) ** 2).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
