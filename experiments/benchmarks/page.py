@@ -27,14 +27,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-ASKED = os.environ.get("JAX_PLATFORMS")  # of the sides; this process leaves the GPU to them
-os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
 
-from experiments.benchmarks import peers, starting, tables  # noqa: E402
-from experiments.benchmarks.peers import COMPILED, EAGER, LAST, NETWORK, OURS, REDUCED  # noqa: E402
-from experiments.benchmarks.plan import SIDES, Plan  # noqa: E402
-from experiments.benchmarks.racing import Course, Race  # noqa: E402
-from experiments.provenance import versions, write_json  # noqa: E402
+from experiments.benchmarks import peers, starting, tables
+from experiments.benchmarks.peers import COMPILED, EAGER, LAST, NETWORK, OURS, REDUCED
+from experiments.benchmarks.plan import SIDES, Plan
+from experiments.benchmarks.racing import Course, Race
+from experiments.provenance import read_json, versions, write_json
 
 SECTIONS = ("limits", "sampling", "training", "fit", "first-step", "first-image", "profile",
             "more", "xla")  # fmt: skip
@@ -81,7 +80,7 @@ class Page:
 
     def __init__(self, args: argparse.Namespace, work: pathlib.Path):
         self.args, self.work, self.deadline = args, work, time.time() + args.seconds
-        self.plan = Plan(args, work, ASKED)
+        self.plan = Plan(args, work)
         self.found: dict[str, Any] = {
             "command": shlex.join(["python", "-m", "experiments.benchmarks.page", *sys.argv[1:]]),
             "machine": {"versions": versions("flax", "torch", "diffusers"),
@@ -154,12 +153,13 @@ class Page:
         if not self.args.gpu:
             return {"text": "profile: not run, as there is no GPU"}
         command = [sys.executable, "-m", "experiments.benchmarks.profile", "--rounds", "3"]
-        log = self.work / "profile.md"
+        log, figures = self.work / "profile.md", self.work / "profile.json"
+        command += ["--json", str(figures)]
         with log.open("w") as output, suppress(subprocess.TimeoutExpired):
             subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT,
                            env=self.plan.env(OURS), timeout=max(1.0, self.left()))  # fmt: skip
-        lines = log.read_text().strip().splitlines()
-        return {"text": "\n".join(lines[-60:])}
+        known = read_json(figures) if figures.exists() else {}
+        return {"text": "\n".join(log.read_text().strip().splitlines()[-60:]), **known}
 
     def left(self) -> float:
         """Seconds."""
@@ -186,7 +186,7 @@ class Page:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints; with --json writes."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what was started ends with it
+    jax.config.update("jax_platforms", "cpu")  # this process leaves the GPU to the sides
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Page(args, pathlib.Path(folder))
         said = ", ".join(f"{k} {v}" for k, v in page.found["machine"]["versions"].items())
@@ -197,4 +197,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and what was started ends with it
     main()

@@ -29,11 +29,10 @@ class Plan:
     Args:
       args: of the command.
       work: a folder for what the sides share.
-      platforms: JAX's platforms for our sides, if asked for.
     """
 
-    def __init__(self, args: argparse.Namespace, work: pathlib.Path, platforms: str | None):
-        self.args, self.work, self._platforms = args, work, platforms
+    def __init__(self, args: argparse.Namespace, work: pathlib.Path):
+        self.args, self.work = args, work
         self.config = peers.SMALL if args.small else PAPER["cifar10"]
         self.flops = peers.network_flops(self.config)
         self.folder = str(work / "model")
@@ -55,9 +54,7 @@ class Plan:
         }
         if not ours or not self.args.gpu:
             own["JAX_PLATFORMS"] = "cpu"
-        elif self._platforms:
-            own["JAX_PLATFORMS"] = self._platforms
-        return {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | own
+        return dict(os.environ) | own
 
     def races(self, section: str) -> list[Race]:
         """Of one section; none of a section that starts its processes itself."""
