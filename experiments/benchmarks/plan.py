@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -72,8 +73,10 @@ class Plan:
             alone = [self._race(training.STEP, [OURS], self._small(b)) for b in later]
             passes = [self._race(training.BACKWARD, [OURS], self._small(b)) for b in later]
             return alone + self._sampling(MORE[gpu], sides) + passes
-        return {"sampling": self._sampling(FIRST[gpu], sides),
-                "xla": self._sampling(FIRST[gpu], variants)}.get(section, [])  # fmt: skip
+        if section == "xla":
+            races = self._sampling(FIRST[gpu], variants)
+            return [dataclasses.replace(r, title=f"XLA's flags, {r.title}") for r in races]
+        return self._sampling(FIRST[gpu], sides) if section == "sampling" else []
 
     def first_image(self) -> dict[str, Any]:
         """The specification of one image's drawing."""
