@@ -168,7 +168,8 @@ def fit(
             if step < config.num_updates:
                 bar.set_postfix_str("compiling")
                 feed = Feed(dataset, config, mesh, start, calls)
-                update = make_update(train_step, follow, feed, state, kept, loss)
+                update = make_update(train_step, follow, feed, state, kept, loss,
+                                     config.num_updates)  # fmt: skip
                 compiling = meter.seconds
                 bar.set_postfix_str(f"compiled in {compiling:.0f} s")
                 bar.unpause()  # the clock of its speed
