@@ -155,6 +155,7 @@ class Page:
         command = [sys.executable, "-m", "experiments.benchmarks.profile", "--rounds", "3"]
         log, figures = self.work / "profile.md", self.work / "profile.json"
         command += ["--json", str(figures)]
+        command += ["--preset", "digits", "--batch", "2"] if self.args.small else []
         with log.open("w") as output, suppress(subprocess.TimeoutExpired):
             subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT,
                            env=self.plan.env(OURS), timeout=max(1.0, self.left()))  # fmt: skip
