@@ -48,9 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     every = (OURS, NETWORK, EAGER, LAST, COMPILED, REDUCED)
     parser.add_argument("--sides", nargs="+", choices=every)
-    parser.add_argument("--rounds", type=int, help="10 on a GPU, else 4")
+    parser.add_argument("--rounds", type=int, help="7 on a GPU, else 4")
     parser.add_argument("--parallel", type=int, help="processes that get ready at a time")
-    parser.add_argument("--patience", type=float, default=200.0, help="seconds to wait for a side")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for a side")
     parser.add_argument("--xla", action="append", default=[], metavar="FLAGS",
                         help="sample with these XLA_FLAGS too; may be repeated")  # fmt: skip
     parser.add_argument("--data-dir", help="of CIFAR-10; else as many random images")
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.gpu = (args.backend or ("gpu" if shutil.which("nvidia-smi") else "cpu")) == "gpu"
     args.dtype = args.dtype or ("bfloat16" if args.gpu else "float32")
-    args.rounds = args.rounds or (10 if args.gpu else 4)
+    args.rounds = args.rounds or (7 if args.gpu else 4)
     args.parallel = args.parallel or (max(1, (os.cpu_count() or 1) * 3 // 4) if args.gpu else 1)
     args.sides = args.sides or list(SIDES[args.gpu])
     if least := [n for n in ("rounds", "parallel") if getattr(args, n) < 1]:
@@ -140,7 +140,7 @@ class Page:
     def first_image(self) -> dict[str, Any]:
         """Of a single one."""
         spec, found = self.plan.first_image(), {}
-        theirs = [s for s in self.args.sides if not peers.is_ours(s) and s != REDUCED]
+        theirs = [s for s in self.args.sides if not peers.is_ours(s) and s not in peers.MODES]
         for side, cache in [(OURS, "cold"), (OURS, "warm"), *((s, "cold") for s in theirs)]:
             found[f"{side}, {cache}"] = starting.first_image(
                 self.work, spec | {"side": side}, self.plan.env(side, "first"), self.deadline

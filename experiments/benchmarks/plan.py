@@ -90,7 +90,7 @@ class Plan:
         if not self.args.gpu:
             return {}
         return {"preset": "cifar10", "batch_size": BATCHES[True][0], "dtype": self.args.dtype,
-                "steps": 300, "every": 100, "rounds": 1, "input_seconds": 2.0,
+                "steps": 200, "every": 50, "rounds": 1, "input_seconds": 2.0,
                 **self._data()}  # fmt: skip
 
     def train(self) -> list[str]:
@@ -126,7 +126,7 @@ class Plan:
         spec: Mapping[str, Any] = {
             "what": what, "batch": batch, "steps": steps, "folder": self.folder,
             "dtype": self.args.dtype, "small": self.args.small,
-            "repeats": 5 if what in training.WORK and self.args.gpu else 1, **more,
+            "repeats": 3 if what in training.WORK and self.args.gpu else 1, **more,
         }  # fmt: skip
         env = {side: self.env(side) for side in sides}
         specs = [{**spec, "side": side} for side in sides]

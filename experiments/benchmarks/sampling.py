@@ -59,7 +59,7 @@ def _theirs(spec: dict[str, Any]) -> Call:
     start = torch.from_numpy(x_T).permute(0, 3, 1, 2).to(**place).contiguous(memory_format=layout)
     scheduler.set_timesteps(spec["steps"])
     # The scheduler's tables lie on the CPU; CUDA graphs take their inputs from the GPU.
-    times = list(zip(scheduler.timesteps, scheduler.timesteps.to(place["device"])))
+    times = [(t, t.clone().to(place["device"])) for t in scheduler.timesteps]
     network = peers.wrapped(side, unet)
 
     @torch.inference_mode()

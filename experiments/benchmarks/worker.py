@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import peers, sampling, train_loop, training
+from experiments.benchmarks import peers, sampling, training
 
 
 def make(spec: dict[str, Any]) -> peers.Call:
@@ -23,6 +23,8 @@ def make(spec: dict[str, Any]) -> peers.Call:
     if spec["what"] == "limits":
         return peers.limits(spec["side"], spec["dtype"], spec["small"])
     if spec["what"] == "fit":
+        from experiments.benchmarks import train_loop
+
         return train_loop.prepare(train_loop.Settings(**spec["settings"]))
     return (sampling if spec["what"] == "sampling" else training).side(spec)
 
