@@ -41,7 +41,7 @@ class Worker:
         self.spec, self.side, self._log = spec, spec["side"], log
         self.state, self.why, self.facts = STARTING, "", {}
         self.began = self._since = time.time()
-        self._halted = 0.0
+        self._halted = self._halted_before = 0.0  # in all, and before it was told to prepare
         words = [sys.executable, "-m", "experiments.benchmarks.worker", json.dumps(spec)]
         with log.open("w") as errors:
             self._process = subprocess.Popen(
@@ -77,11 +77,11 @@ class Worker:
     def prepare(self) -> None:
         """Tells it to compile."""
         self._tell("prepare")
-        self.state, self._since = PREPARING, time.time()
+        self.state, self._since, self._halted_before = PREPARING, time.time(), self._halted
 
     def waited(self) -> float:
         """Seconds since it was told to start or to prepare, without those that it was halted."""
-        return time.time() - self._since - self._halted
+        return time.time() - self._since - (self._halted - self._halted_before)
 
     def ask(self, word: str, seconds: float) -> dict[str, Any] | None:
         """Its answer; None, and it has failed, if none comes in time."""
@@ -127,7 +127,7 @@ class Worker:
             return {"prepare_seconds": self.facts.get("prepare_seconds", float("nan"))}
         return {
             "first_seconds": self.facts["first"] - self.began - self._halted,
-            "prepare_seconds": self.facts["prepare_seconds"] - self._halted,
+            "prepare_seconds": self.facts["prepare_seconds"] - self._halted + self._halted_before,
         }
 
     def _tell(self, word: str) -> None:
