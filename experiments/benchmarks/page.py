@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -111,8 +111,9 @@ class Page:
                 if self.left() < 15:
                     self.skip(race.title, "no time was left")
                     continue
-                found = course.run(race, self.deadline)
-                self.keep(race.title, tables.of_race(race, found, self.found, self.plan.flops))
+                self.attempt(race.title, lambda race=race: tables.of_race(
+                    race, course.run(race, self.deadline), self.found, self.plan.flops
+                ))  # fmt: skip
         finally:
             course.close()
 
@@ -123,7 +124,7 @@ class Page:
             return
         parts = {"first-step": self.first_step, "first-image": self.first_image,
                  "profile": self.profile}  # fmt: skip
-        self.keep(section, parts[section]())
+        self.attempt(section, parts[section])
 
     def first_step(self) -> dict[str, Any]:
         """`train` with a cache that is empty, then with what it left there."""
@@ -171,8 +172,13 @@ class Page:
         self.found["not run"][title] = why
         self.write(f"\n{title}: not run: {why}")
 
-    def keep(self, title: str, found: Mapping[str, Any]) -> None:
-        """Prints and writes what is known by now."""
+    def attempt(self, title: str, measure: Callable[[], Mapping[str, Any]]) -> None:
+        """Prints and writes what it finds; its failure leaves the other sections be."""
+        try:
+            found = measure()
+        except Exception as error:
+            self.skip(title, repr(error)[:500])
+            return
         self.found["sections"][title] = dict(found)
         spent = self.args.seconds - self.left()
         self.write(f"\n{found['text']}\n\n<!-- {title}: {spent:.0f} s -->")

@@ -217,7 +217,8 @@ class Course:
             for worker in busy:
                 stack.enter_context(worker.halted())
             for _ in range(race.rounds):
-                answer = {w.side: w.ask("go", deadline - time.time()) for w in ready}
+                running = [w for w in ready if w.state == READY]
+                answer = {w.side: w.ask("go", deadline - time.time()) for w in running}
                 answers.append({side: a for side, a in answer.items() if a})
                 if time.time() > deadline:
                     break

@@ -41,10 +41,11 @@ def first_step(
         )
     try:
         while not (metrics.exists() and metrics.stat().st_size):
-            if process.poll() is not None or time.time() > deadline:
-                said = [line for line in log.read_text().splitlines() if line.strip()]
-                late = "no time was left" if process.poll() is None else said[-1][:300]
-                return {"why": late}
+            if time.time() > deadline:
+                return {"why": "no time was left"}
+            if process.poll() is not None:
+                said = log.read_text().strip().splitlines() or ["it ended without a word"]
+                return {"why": said[-1][:300]}
             time.sleep(0.02)
         took = time.time() - began
     finally:

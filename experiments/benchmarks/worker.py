@@ -44,7 +44,7 @@ def facts(side: str) -> dict[str, Any]:
 
 def as_array(result: Any) -> np.ndarray:
     """Of either library."""
-    return result.float().cpu().numpy() if hasattr(result, "cpu") else np.asarray(result)
+    return result.float().cpu().numpy() if hasattr(result, "cpu") else np.asarray(result, "f4")
 
 
 def prepared(spec: dict[str, Any]) -> tuple[peers.Call, dict[str, Any]]:
