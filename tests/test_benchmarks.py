@@ -152,7 +152,8 @@ def test_a_table_holds_ratios_of_one_round(tmp_path):
 @pytest.mark.slow
 def test_fit_beside_a_step_by_hand():
     settings = train_loop.Settings(steps=4, every=2, rounds=1, input_seconds=0.01)
-    found = train_loop.prepare(settings)()
+    with jax.numpy_dtype_promotion("standard"):  # for optax's Adam
+        found = train_loop.prepare(settings)()
     parts = found["rounds"][0]
     assert {k: len(parts[k]) for k in ("hand", "fit", "resumed", "saving")} == dict.fromkeys(
         ("hand", "fit", "resumed", "saving"), 2

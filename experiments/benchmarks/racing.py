@@ -49,7 +49,8 @@ class Worker:
                 text=True, start_new_session=True,
             )  # fmt: skip
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
         for line in self._process.stdout:
@@ -103,9 +104,16 @@ class Worker:
 
     def kill(self) -> None:
         """And what it started."""
+        if self._process.stdin.closed:
+            return  # done before
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._listener.join(1)  # what the process started may hold the pipe for a moment
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        if not self._listener.is_alive():
+            self._process.stdout.close()
 
     @contextmanager
     def halted(self) -> Iterator[None]:
@@ -132,8 +140,9 @@ class Worker:
 
     def _tell(self, word: str) -> None:
         with suppress(BrokenPipeError):  # the answer will be none
-            self._process.stdin.write(word + "\n")
-            self._process.stdin.flush()
+            if not self._process.stdin.closed:
+                self._process.stdin.write(word + "\n")
+                self._process.stdin.flush()
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
