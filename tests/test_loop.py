@@ -547,9 +547,9 @@ def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch
         return params["w"] * x + jnp.where(params["n"] > 3, jnp.nan, 0.0)
 
     def count(step):  # n counts the steps that are not skipped: the fifth and all later are bad
-        def counting(state, batch, loss):
+        def counting(state, batch, *more):
             state = state._replace(params={**state.params, "n": 1.0 + state.params["n"]})
-            return step(state, batch, loss)
+            return step(state, batch, *more)
 
         return jax.jit(counting)
 
