@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 
+from ddim_jax.storage.files import portable
 from experiments.benchmarks import peers, starting, tables
 from experiments.benchmarks.peers import COMPILED, EAGER, LAST, NETWORK, OURS, REDUCED
 from experiments.benchmarks.plan import SIDES, Plan
@@ -82,7 +83,8 @@ class Page:
         self.args, self.work, self.deadline = args, work, time.time() + args.seconds
         self.plan = Plan(args, work)
         self.found: dict[str, Any] = {
-            "command": shlex.join(["python", "-m", "experiments.benchmarks.page", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "experiments.benchmarks.page",
+                                   *map(portable, sys.argv[1:])]),
             "machine": {"versions": versions("flax", "torch", "diffusers"),
                         "load": os.getloadavg()[0], "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
             "settings": {"model": self.plan.config.facts(), "dtype": args.dtype,
