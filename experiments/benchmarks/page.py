@@ -30,7 +30,7 @@ from typing import Any
 import jax
 
 from ddim_jax.storage.files import portable
-from experiments.benchmarks import peers, starting, tables
+from experiments.benchmarks import aims, peers, starting, tables
 from experiments.benchmarks.peers import COMPILED, EAGER, LAST, NETWORK, OURS, REDUCED
 from experiments.benchmarks.plan import SIDES, Plan
 from experiments.benchmarks.racing import Course, Race
@@ -201,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         said = ", ".join(f"{k} {v}" for k, v in page.found["machine"]["versions"].items())
         print(f"# Benchmarks, {args.dtype}\n\n{page.found['command']}\n\n{said}", flush=True)
         page.run()
+        if args.gpu:
+            print(f"\n{aims.summary(page.found['sections'])}")
         print(f"\n{page.found['machine'].get('kind', 'no device was seen')}, {args.dtype}"
               + ("" if args.gpu else "; not run on a GPU"), flush=True)  # fmt: skip
 
