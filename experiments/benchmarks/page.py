@@ -159,11 +159,16 @@ class Page:
         log, figures = self.work / "profile.md", self.work / "profile.json"
         command += ["--json", str(figures)]
         command += ["--preset", "digits", "--batch", "2"] if self.args.small else []
-        with log.open("w") as output, suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT,
-                           env=self.plan.env(OURS), timeout=max(1.0, self.left()))  # fmt: skip
+        errors, limit = self.work / "profile.log", max(1.0, self.left())
+        with log.open("w") as out, errors.open("w") as err, suppress(subprocess.TimeoutExpired):
+            env = self.plan.env(OURS)
+            subprocess.run(command, check=False, stdout=out, stderr=err, env=env, timeout=limit)
         known = read_json(figures) if figures.exists() else {}
-        return {"text": "\n".join(log.read_text().strip().splitlines()[-60:]), **known}
+        said = errors.read_text().strip().splitlines()
+        why = (
+            "" if known else f"\nprofile: not finished: {said[-1] if said else 'no time was left'}"
+        )
+        return {"text": log.read_text().strip() + why, **known}
 
     def left(self) -> float:
         """Seconds."""
