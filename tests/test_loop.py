@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -572,6 +573,16 @@ def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
     board = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
     assert board.count(b"samples") == 3
     assert b"param_norm" in board
+
+
+def test_a_line_is_timed_by_when_its_steps_were_done():
+    """Not by when the host came to ask, which may be a whole call later."""
+    collected = collecting.Collected(make_config(), make_dataset(), {"loss": []}, 0)
+    collected.add({"loss": jnp.ones(1), "param_norm": jnp.ones(1)})
+    collected._clock.shutdown()  # waits until it has seen the time
+    asked = time.perf_counter()
+    collected.fetch(1)
+    assert 0 < collected.ended <= asked
 
 
 def test_arithmetic_is_counted(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def fit(
         def write_line(step: int) -> None:
             collected.fetch(step)
             if means := collected.means():
-                line = meter.line(step, means)
+                line = meter.line(step, means, collected.ended)
                 log.line(line)
                 speed = line["images_per_second"]
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
