@@ -113,7 +113,7 @@ def test_golden_features(state):
 
 
 WEIGHTS = resnet56.SHIPPED
-AGREES, NEAR = 0.6, 0.3  # of 100 images of cifar10-small, S = 20
+AGREES, NEAR = 0.6, 0.6  # of 100 images of cifar10-small, S = 20: 0.76 and 0.19 ± 0.10
 
 
 @pytest.fixture(scope="module")
