@@ -224,8 +224,8 @@ def cifar10_small() -> Preset:
 
     Command: `ddim-jax train cifar10-small --data-dir DIR --model.dtype bfloat16`. Hardware: one
     large GPU; an H200 makes 11,100 images/s, of 6.7 M. Score: of 100 images at S = 20 a ResNet-56,
-    right about 93.4 % of the test images, sees 76 ± 4 % as the class asked for, with guidance 2 97 ±
-    2 %.
+    right about 93.4 % of the test images, sees 76 ± 4 % as the class asked for, 97 ± 2 % with
+    guidance 2.
     """
     return Preset(
         "cifar10-small",
