@@ -119,6 +119,18 @@ def pytest_configure(config):
     )
 
 
+@pytest.fixture(scope="session")
+def one_trace():
+    """Runs that differ only in what their step never sees share it, and its program."""
+    from ddim_jax.training import feeding, loop
+    from tests.tiny import shared_train_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", shared_train_step)
+        patch.setattr(feeding, "make_steps", functools.cache(feeding.make_steps))
+        yield
+
+
 MODULES = itertools.count(1)
 
 

@@ -30,6 +30,8 @@ from ddim_jax.weights.state_dict import to_state_dict
 from tests import torch_writer
 from tests.test_diffusers_format import write_folder
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys, one_device):

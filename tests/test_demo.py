@@ -14,6 +14,8 @@ from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import load_model
 from tests.conftest import on_one_device
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 def score(num_images, steps, name="digits"):
     """Pixel-space Fréchet distance of a shipped model's samples, η = 0, linear τ."""

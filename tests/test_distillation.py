@@ -27,7 +27,7 @@ from ddim_jax.weights import load_model, save_diffusers, save_model
 from tests.test_fine_tune import PLAIN, make_model
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config, make_dataset
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 T = 1000
 LINEAR = ddim.linear_schedule(T)
 MEAN, STD = 0.3, 0.5  # of the Gaussian data

@@ -14,6 +14,8 @@ from ddim_jax.training.step import DENOISING, TrainState
 from ddim_jax.training.summary import read_metrics
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config, make_dataset
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 MANY = {"steps_per_call": 4, "data_on_device": True, "log_every": 4}
 
 

@@ -37,15 +37,9 @@ from tests.tiny import (
     assert_same,
     make_config,
     make_dataset,
-    shared_train_step,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_trace():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", shared_train_step)
-        yield
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def train(directory, config=None, **options):

@@ -69,6 +69,8 @@ STEPS = {}
 def shared_train_step(apply_fn, schedule, config, num_classes=None, mesh=None):
     """`make_train_step`, traced once for all runs that differ only in what the step never sees."""
     unseen = {"log_every": 1, "checkpoint_every": 1, "sample_every": 0, "keep": 1}
+    unseen |= {"num_threads": 1, "num_workers": 0, "data_on_device": None, "steps_per_call": None}
+    unseen |= {"batch_size": config.accumulate, "fsdp": 1, "post_hoc": False}
     unseen |= {} if config.cosine_decay else {"num_updates": 1}
     same = dataclasses.replace(config, **unseen)
     key = (apply_fn, np.asarray(schedule.log_alpha_bar).tobytes(), same, num_classes, mesh)
