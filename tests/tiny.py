@@ -63,6 +63,16 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+def padded(plan, memory=4):
+    """The plan in the program of the longest memory: what it lacks is summed with weight 0."""
+    if plan.weights is None:
+        return plan
+    corrects = np.zeros_like(plan.weights) if plan.corrects is None else plan.corrects
+    more = ((0, 0), (0, memory - plan.weights.shape[1]))
+    pair = (np.pad(table, more) for table in (plan.weights, corrects))
+    return dataclasses.replace(plan, **dict(zip(("weights", "corrects"), pair)))
+
+
 STEPS = {}
 
 
