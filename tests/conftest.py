@@ -121,13 +121,15 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def one_trace():
-    """Runs that differ only in what their step never sees share it, and its program."""
+    """Runs and batches that differ in no program share it."""
+    from ddim_jax.generation import drawing
     from ddim_jax.training import feeding, loop
-    from tests.tiny import shared_train_step
+    from tests.tiny import shared_draw, shared_train_step
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_train_step", shared_train_step)
         patch.setattr(feeding, "make_steps", functools.cache(feeding.make_steps))
+        patch.setattr(drawing, "make_draw", shared_draw)
         yield
 
 

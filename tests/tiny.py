@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ddim_jax as ddim
 from ddim_jax.data import Dataset
-from ddim_jax.networks.unet import UNetConfig
+from ddim_jax.generation.drawing import make_draw
+from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.schedule import schedule_from_betas
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.step import make_train_step
+from ddim_jax.weights import to_facts
 
 SCHEDULE = schedule_from_betas(np.linspace(0.01, 0.3, 10))
 UNET = UNetConfig(
@@ -38,6 +41,23 @@ def affine_params():
 def make_config(**changes):
     small = {"batch_size": 8, "num_updates": 12, "log_every": 2, "checkpoint_every": 4}
     return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
+
+
+def unet_model(prediction="eps", image_size=8, in_channels=1, channels=32, num_classes=None):
+    """A U-Net of random weights."""
+    config = UNetConfig(
+        *(image_size, in_channels, channels, (1,)),
+        num_blocks=1,
+        attention_resolutions=(),
+        dropout=0.0,
+        num_classes=num_classes,
+    )
+    apply_fn, params = build(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
+    schedule = ddim.ScheduleConfig("cosine")
+    facts = to_facts(schedule, config, prediction)
+    return ddim.Model(ddim.predicts(apply_fn, prediction), params, schedule.build(), config, facts)
 
 
 def make_batch(size, seed=0, shape=(4, 4, 1)):
@@ -73,7 +93,17 @@ def padded(plan, memory=4):
     return dataclasses.replace(plan, **dict(zip(("weights", "corrects"), pair)))
 
 
-STEPS = {}
+DRAWS, STEPS = {}, {}
+
+
+def shared_draw(model, mesh, tau, method, *, clip=False, keep=None):
+    """`make_draw`, traced once for all that differ in no more than weights, seed and numbers."""
+    plan, kept = method(model.schedule, tau), None if keep is None else keep.tobytes()
+    tables = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((plan, model.schedule))]
+    key = (model.apply_fn, model.config, mesh, jax.tree.structure(plan), *tables, clip, kept)
+    if key not in DRAWS:
+        DRAWS[key] = make_draw(model, mesh, tau, method, clip=clip, keep=keep)
+    return DRAWS[key]
 
 
 def shared_train_step(apply_fn, schedule, config, num_classes=None, mesh=None):
