@@ -16,6 +16,7 @@ import jax
 from ddim_jax.process import PREDICTIONS
 from ddim_jax.sampling import METHODS, find_method
 from ddim_jax.storage.files import portable
+from ddim_jax.training.run_folder import Preempted
 
 SIGMA_HAT = "hat"
 HELP = {
@@ -122,12 +123,18 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """A script's last line: errors of use become one line and exit code 1, Ctrl-C 130."""
+    """A script's last line: errors of use become one line and exit code 1, Ctrl-C 130.
+
+    A training run that a signal stopped has saved, and exits with code 75.
+    """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache / "ddim_jax"))
     try:
         main()
+    except Preempted as stopped:  # training, by SIGTERM or Ctrl-C
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        os._exit(75)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an orderly end waits for what the devices compute

@@ -10,39 +10,58 @@ are DDIM and every `--method` along every `--spacings` from the same x_T. A kill
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import ddim_jax as ddim
-from ddim_jax.pictures.images import to_uint8
+from ddim_jax.generation.drawing import check_finite
 from ddim_jax.sampling import find_method
-from ddim_jax.training.distilling import RECIPE, distill, halvings
-from experiments import drawing
+from ddim_jax.sampling.plan import Plan, with_memory
+from ddim_jax.training.config import TrainConfig
+from ddim_jax.training.distilling import RECIPE, distill, halvings, stage_folder
+from experiments import drawing, pipeline
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
+from experiments.stepping import MEMORY, Stepper
 
+FEW = 20  # calls beyond which no solver is drawn: DDIM alone
 METHODS = ["unipc-2", "dpm-solver-2"]
-SMALL = {"steps": [8, 4, 2, 1], "teacher_steps": 32, "seeds": [0, 1, 2], "updates": 700,
+SMALL = {"steps": [8, 4, 2, 1], "teacher_steps": 32, "seeds": [0, 1, 2], "updates": [700],
          "train_batch": 32, "learning_rate": 1e-3, "gamma": "truncated-snr",
          "method": METHODS, "spacings": ["linear", "quadratic", "logsnr"], "also": [50],
          "num_images": ["2000"]}  # fmt: skip
-FULL = {"updates": RECIPE.num_updates, "train_batch": RECIPE.batch_size, "teacher_steps": 1024,
+FULL = {"updates": [RECIPE.num_updates], "train_batch": RECIPE.batch_size, "teacher_steps": 1024,
         "learning_rate": RECIPE.learning_rate, "num_images": ["50000"], "seeds": [0]}  # fmt: skip
 HELP = {
     "teacher_steps": "S of the first teacher, DDIM along a linear τ",
     "seeds": "of a ladder's training, and of the x_T that its row is drawn from",
-    "updates": "of each stage",
+    "updates": "of every stage, or one number for each, the first stage's first",
     "train_batch": "images of an update",
     "learning_rate": "at the start of each stage",
     "gamma": "the weight of each t",
-    "method": "the solvers beside DDIM",
+    "method": f"the solvers beside DDIM, at up to {FEW} calls",
     "spacings": "of the solvers' τ and of DDIM's",
-    "also": "S of further cells of DDIM along a linear τ, to compare with",
+    "also": "S of further cells, without a student",
 }
+
+
+class Way(NamedTuple):
+    """One way to draw, and whose numbers it gives."""
+
+    name: str
+    plan: Plan
+    seed: int
+    student: ddim.Model | None = None  # in place of the teacher
+
+    def numbers(self) -> tuple[Any, ...]:
+        """All that its images follow from, but for the teacher."""
+        rows = [(leaf + 0.0).tobytes() for leaf in jax.tree.leaves(self.plan)]  # no −0
+        return self.seed, id(self.student), *rows
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:
@@ -51,25 +70,97 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         "distillation", __doc__.splitlines()[0], argv, SMALL, FULL, without=["spacing"], **HELP
     )
     experiment = Experiment("distillation", args)
-    model, T = experiment.model, experiment.model.schedule.num_steps
+    T = experiment.model.schedule.num_steps
     ladder = halvings(ddim.timesteps(T, args.teacher_steps), T, min(args.steps))
     if missing := {*args.steps} - {len(tau) for tau in ladder[1:]}:
         raise ValueError(f"no student of {args.teacher_steps} steps has {sorted(missing)} steps")
+    configs = _configs(experiment, len(ladder) - 1)
+    ways = _ways(experiment)
     experiment.begin_with_model()
-    cells = []
+    students = {}
     for seed in args.seeds:
-        students = _students(experiment, seed)
-        for steps in dict.fromkeys([*args.steps, *args.also]):
-            ways = {"ddim-linear": ("ddim", experiment.tau(steps, "linear"), model)}
-            if steps in args.steps:
-                ways = {"student": ("ddim", students[steps].tau, students[steps])}
-                for name in ("ddim", *args.method):
-                    ways |= {f"{name}-{spacing}": (name, experiment.tau(steps, spacing), model)
-                             for spacing in args.spacings}  # fmt: skip
-            for way, (name, tau, network) in ways.items():
-                judge = partial(_judge, experiment, network, tau, name, seed)
-                cell = experiment.cell(f"{way}-S{steps}-seed{seed}", judge)
-                cells.append({"way": way, "S": steps, "seed": seed, **cell})
+        folder = args.out / f"ladder-{seed}"
+        each = [dataclasses.replace(config, seed=seed) for config in configs]
+        distill(experiment.model, ladder[0], experiment.dataset, each, folder, to=min(args.steps),
+                resume="auto", source=args.model or "digits", progress=False)  # fmt: skip
+        for tau in (tau for tau in ladder if len(tau) in args.steps):
+            student = ddim.load_model(stage_folder(folder, tau))
+            students[f"student-S{len(tau)}-seed{seed}"] = Way(
+                "student", _plan("ddim", student, tau), seed, student
+            )
+    return _table(experiment, {**students, **ways})
+
+
+def _configs(experiment: Experiment, stages: int) -> list[TrainConfig]:
+    """Of each stage; intervals have one common divisor, so that all are one program."""
+    args, updates = experiment.args, list(experiment.args.updates)
+    if len(updates) not in (1, stages):
+        raise ValueError(f"--updates takes one number, or one for each of {stages} stages, got "
+                         f"{len(updates)}")  # fmt: skip
+    unit = math.gcd(*updates)
+    log_every = next(k for k in range(max(1, unit // 20), 0, -1) if unit % k == 0)
+    config = dataclasses.replace(
+        RECIPE,
+        batch_size=args.train_batch,
+        learning_rate=args.learning_rate,
+        gamma=args.gamma,
+        flip=experiment.model.facts.get("train", {}).get("flip", False),
+        log_every=log_every,
+        sample_every=0,  # a picture would compile a sampler of its own
+        keep=1,
+    )
+    return [
+        dataclasses.replace(config, num_updates=n,
+                            checkpoint_every=max(1, n // 4 // log_every) * log_every)
+        for n in (updates * stages)[:stages]
+    ]  # fmt: skip
+
+
+def _ways(experiment: Experiment) -> dict[str, Way]:
+    """DDIM and the solvers: key of the cell → way."""
+    args, model = experiment.args, experiment.model
+    return {
+        f"{name}-{spacing}-S{steps}-seed{seed}": Way(
+            f"{name}-{spacing}", _plan(name, model, experiment.tau(steps, spacing)), seed
+        )
+        for name in ("ddim", *args.method)
+        for seed in args.seeds
+        for steps in dict.fromkeys([*args.steps, *args.also])
+        if name == "ddim" or steps <= FEW
+        for spacing in args.spacings
+    }
+
+
+def _plan(name: str, model: ddim.Model, tau: Any) -> Plan:
+    """Of one memory, so that all are one program."""
+    return with_memory(find_method(name)(model.schedule, tau), MEMORY)
+
+
+def _table(experiment: Experiment, ways: dict[str, Way]) -> Cell:
+    """Scores every way, the students first, and writes the result down."""
+    args = experiment.args
+    counts = {key: experiment.num_images(len(way.plan.t)) for key, way in ways.items()}
+    student = next(way.student for way in ways.values() if way.student is not None)
+    same = student.prediction.facts() == experiment.model.prediction.facts()
+    stepper = experiment.stepper if same else Stepper(student)  # of the students
+    floors: list[Cell] = []
+
+    def first() -> None:
+        floors.extend(experiment.floor(n) for n in sorted(set(counts.values())))
+
+    same_as: dict[Any, str] = {}  # one call is Euler's, whatever the method and τ
+    twins = {key: same_as.setdefault(way.numbers(), key) for key, way in ways.items()}
+    jobs = {
+        key: (partial(_drawn, experiment, stepper if way.student else experiment.stepper, way,
+                      counts[key]), experiment.score)
+        for key, way in ways.items() if twins[key] == key
+    }  # fmt: skip
+    found = pipeline.cells(experiment, jobs, first)
+    found = {key: found[twin] for key, twin in twins.items() if twin in found}
+    cells = [{"way": ways[key].name, "S": len(ways[key].plan.t), "seed": ways[key].seed, **cell}
+             for key, cell in found.items()]  # fmt: skip
+    if not cells:
+        raise pipeline.OutOfTimeError("no cell was finished; the same command goes on")
     rows = _rows(cells)
     for row in rows:
         print(f"S = {row['S']}: {row['way']} {row['distance']:.3f} ± {row['se']:.3f}", flush=True)
@@ -78,46 +169,26 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         f"{cells[0]['name']} of {cells[0]['num_images']:,} samples at η = 0, mean of "
         f"{len(args.seeds)} seeds (bars: standard error); each solver on the best of its τ."
     )
-    floors = [experiment.floor(n) for n in sorted({c["num_images"] for c in cells})]
-    return experiment.finish(cells, figure, caption, rows=rows, floors=floors)
+    missing = [key for key in ways if key not in found]
+    return experiment.finish(cells, figure, caption, rows=rows, floors=floors, missing=missing)
 
 
-def _students(experiment: Experiment, seed: int) -> dict[int, ddim.Model]:
-    """S → student, trained where they are not yet."""
-    args, model = experiment.args, experiment.model
-    config = dataclasses.replace(
-        RECIPE,
-        num_updates=args.updates,
-        batch_size=args.train_batch,
-        learning_rate=args.learning_rate,
-        gamma=args.gamma,
-        seed=seed,
-        flip=model.facts.get("train", {}).get("flip", False),
-        log_every=max(1, args.updates // 20),
-        checkpoint_every=max(1, args.updates // 4),
-        sample_every=args.updates,
-        keep=1,
-    )
-    folder, tau = args.out / f"ladder-{seed}", ddim.timesteps(
-        model.schedule.num_steps, args.teacher_steps
-    )  # fmt: skip
-    distill(model, tau, experiment.dataset, config, folder, to=min(args.steps), resume="auto",
-            source=args.model or "digits", progress=False)  # fmt: skip
-    return {s: ddim.load_model(folder / f"steps-{s}") for s in args.steps}
-
-
-def _judge(experiment: Experiment, model: ddim.Model, tau: Any, method: str, seed: int) -> Cell:
-    """The figures of one way to draw, image k from the same x_T in every cell of a seed."""
-    number, size = experiment.num_images(len(tau)), experiment.args.batch_size
-    sampler = ddim.make_sampler(model, tau, method=find_method(method))
-    key = jax.random.key(seed)
-    parts, classes = [], model.config.num_classes
-    for first in range(0, number, size):
-        numbers = np.arange(first, first + size) % number
-        x_T = ddim.initial_noise(key, numbers, model.image_shape)
-        labels = {} if classes is None else {"labels": numbers.astype(np.int32) % classes}
-        parts.append(jax.device_get(to_uint8(sampler(x_T, **labels))))
-    return experiment.score(np.concatenate(parts)[:number])
+def _drawn(experiment: Experiment, stepper: Stepper, way: Way, number: int) -> np.ndarray:
+    """Images, uint8 (n, H, W, C), image k from the same x_T in every cell of a seed."""
+    key, devices = jax.random.key(way.seed), len(jax.local_devices())
+    size = min(experiment.args.batch_size, -(-number // devices)) * devices
+    params = None
+    if way.student is not None:
+        params = jax.device_put(way.student.params, stepper.whole)
+    parts = []
+    for start in range(0, number, size):
+        pipeline.check_time(experiment)
+        numbers = np.arange(start, start + size, dtype=np.uint32) % np.uint32(number)
+        x = stepper.run(stepper.noise(key, numbers), way.plan, numbers=numbers, params=params)
+        parts.append(stepper.pixels(x))
+    images, finite = (np.concatenate(v)[:number] for v in zip(*jax.device_get(parts)))
+    check_finite(np.flatnonzero(~finite))
+    return images
 
 
 def _rows(cells: list[Cell]) -> list[Cell]:

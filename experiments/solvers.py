@@ -9,7 +9,6 @@ data on all, unless --rms-only. `--oracle` takes the exact denoiser of the digit
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import partial
@@ -23,9 +22,11 @@ import ddim_jax as ddim
 from ddim_jax.data import load
 from ddim_jax.pictures.images import to_model, to_uint8
 from ddim_jax.sampling import find_method
+from ddim_jax.sampling.plan import with_memory
 from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
+from experiments.stepping import MEMORY
 
 SPACINGS = ("linear", "quadratic", "logsnr")
 TAUS = (*SPACINGS, "optimised", "refined")
@@ -149,7 +150,8 @@ class _Bench:
 
     def solve(self, method: str, x_T: jax.Array, tau: np.ndarray) -> np.ndarray:
         """x_0 of all latents, batches of one size after one another; none waits for the host."""
-        size, padded = self.experiment.args.batch_size, _of_one_memory(find_method(method))
+        size = self.experiment.args.batch_size
+        padded = lambda *of: with_memory(find_method(method)(*of), MEMORY)  # noqa: E731
         lack = -len(x_T) % min(size, len(x_T))
         x = jnp.concatenate([x_T, x_T[:lack]])
         size = min(size, len(x_T))
@@ -199,19 +201,6 @@ class _Bench:
             sweeps=self.experiment.args.sweeps,
         )
         return {"tau": better.tolist()}
-
-
-def _of_one_memory(method: ddim.Method, memory: int = 4) -> ddim.Method:
-    """The same method with zeros for what it does not remember: one program serves all at one S."""
-
-    def plan(schedule: ddim.Schedule, tau: Any) -> ddim.Plan:
-        plan = method(schedule, tau)
-        weights = np.ones((len(plan.t), 1)) if plan.weights is None else plan.weights
-        corrects = np.zeros((len(plan.t), 1)) if plan.corrects is None else plan.corrects
-        grown = [np.pad(v, ((0, 0), (0, memory - v.shape[1]))) for v in (weights, corrects)]
-        return dataclasses.replace(plan, weights=grown[0], corrects=grown[1])
-
-    return plan
 
 
 def _oracle() -> ddim.Model:

@@ -25,9 +25,19 @@ from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.sampling import clip_x0
 from ddim_jax.sampling.inversion import invert_step
-from ddim_jax.sampling.plan import Plan, check_network, run, single_rows, with_noise
+from ddim_jax.sampling.plan import (
+    Plan,
+    advance,
+    check_network,
+    no_memory,
+    rows,
+    single_rows,
+    step_noise,
+    with_noise,
+)
 
-WHOLE, SPLIT = PartitionSpec(), PartitionSpec("images")
+WHOLE, SPLIT, PAST = PartitionSpec(), PartitionSpec("images"), PartitionSpec(None, "images")
+MEMORY = 4  # of `with_memory`: every method of `ddim_jax.METHODS` is one program of it
 AHEAD = 4  # steps that wait on the device: enough to keep it busy, few for others to wait behind
 
 
@@ -51,40 +61,46 @@ class Stepper:
 
     @functools.cache  # noqa: B019 - one or two in a process
     def _step(self, clip: bool) -> Callable[..., jax.Array]:
-        """Jitted (params, x, plan, key or None, numbers) → x at the end of the plan."""
+        """Jitted (params, (x, past), row of a plan, key or None, numbers) → the next (x, past)."""
         model = ddim.predicts(self.model, x0_fn=clip_x0(1.0)) if clip else self.model
         classes = model.config.num_classes
 
-        def step(params: Any, x: Any, plan: Plan, key: Any, numbers: Any) -> jax.Array:
-            keys = None if key is None else image_keys(key, numbers)
+        def step(params: Any, state: Any, row: Plan, key: Any, numbers: Any) -> Any:
+            (x, past), now = state, jax.tree.map(lambda v: v[0], rows(row, state[0].dtype))
+            z = None if key is None else step_noise(image_keys(key, numbers), now.t, x)
             labels = {} if classes is None or numbers is None else {"labels": numbers % classes}
-            return run(partial(model.apply_fn, params, **labels), x, plan, keys)[0]
+            denoise = partial(model.apply_fn, params, **labels)
+            return advance(denoise, x, past, now, z, x.dtype)[:2]
 
-        specs = (WHOLE, SPLIT, WHOLE, WHOLE, SPLIT)
+        specs = (WHOLE, (SPLIT, PAST), WHOLE, WHOLE, SPLIT)
         spread = jax.shard_map(
-            step, mesh=self.mesh, in_specs=specs, out_specs=SPLIT, check_vma=False
+            step, mesh=self.mesh, in_specs=specs, out_specs=(SPLIT, PAST), check_vma=False
         )
         return jax.jit(spread)
 
     def run(self, x: jax.Array, plan: Plan, *, clip: bool = False, key: jax.Array | None = None,
-            numbers: np.ndarray | None = None) -> jax.Array:  # fmt: skip
+            numbers: np.ndarray | None = None, params: Any = None) -> jax.Array:  # fmt: skip
         """x at the end of a plan, not waited for.
 
         Args:
-          x: (n, ...) with n a multiple of the number of devices.
-          plan: of a method; one that remembers is one program, any other a call for each row.
+          x: (n, ...) float32 with n a multiple of the number of devices.
+          plan: of a method; those of one memory are one program, see `with_memory`.
           clip: clip each x̂_0 to [−1, 1].
           key: of the noise; a plan without any takes it too, for the program of the others.
           numbers: (n,) uint32, the images' numbers; with a key. Of K classes image k then has the
             (k mod K)-th.
+          params: in place of the model's: those of another model with its network.
         """
         check_network(self.model.apply_fn, plan)
         if key is not None:
             plan = with_noise(plan)
+        params = self.params if params is None else jax.device_put(params, self.whole)
         x, numbers = jax.device_put((x, numbers), self.split)
+        past = no_memory(plan, x)
+        past = jax.device_put(past, NamedSharding(self.mesh, PAST if past.size else WHOLE))
         step, waiting = self._step(clip), deque[jax.Array]()
-        for row in single_rows(plan) if plan.weights is None else [plan]:
-            x = step(self.params, x, row, key, numbers)
+        for row in single_rows(plan):
+            x, past = step(params, (x, past), row, key, numbers)
             waiting.append(x)
             if len(waiting) > AHEAD:
                 waiting.popleft().block_until_ready()

@@ -1,6 +1,8 @@
 """The benchmarks beside PyTorch, on a tiny network, our side alone."""
 
+import contextlib
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +10,37 @@ import numpy as np
 import pytest
 
 from ddim_jax.networks.paper import PAPER
-from experiments.benchmarks import parallel, peers, profile, sampling, training
+from experiments.benchmarks import page, parallel, peers, profile, racing, tables, train_loop
 
-WORDS = ["--small", "--no-memory", "--batch", "2", "--rounds", "2", "--dtype", "float32"]
-
-
-@pytest.fixture(autouse=True)
-def no_torch(monkeypatch):
-    """As where PyTorch is missing; its sides run in the benchmarks alone."""
-    monkeypatch.setattr(peers, "missing", lambda *_: "torch is not installed")
+WORDS = ["--small", "--backend", "cpu", "--rounds", "2", "--sides", "ours"]
+SPEC = {"what": "sampling", "batch": 8, "steps": 5}
 
 
 @pytest.mark.slow
-def test_sampling_says_what_ran_and_what_did_not(tmp_path, capsys):
-    path = tmp_path / "sampling.json"
-    sampling.main([*WORDS, "--steps", "2", "--json", str(path)])
+def test_a_page_says_what_ran_and_what_did_not(tmp_path, capsys):
+    path = tmp_path / "page.json"
+    page.main([*WORDS, "--only", "limits", "sampling", "--json", str(path)])
     found = json.loads(path.read_text())
-    assert found["settings"]["steps"] == 2
-    batch = found["batches"]["2"]
-    assert set(batch["sides"]) == {"ours", "network"}
-    assert set(batch["not run"].values()) == {"torch is not installed"}
-    ours = batch["sides"]["ours"]
-    assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
-    assert ours["time_over_ours"] == {"median": 1.0, "least": 1.0, "most": 1.0}
+    title = "sampling, batch 2, S = 2"
+    row = found["sections"][title]["sides"]["ours"]
+    seconds = found["sections"][title]["seconds"]["ours"]
+    assert row["seconds"]["most"] == max(seconds)
+    assert row["images_per_second"] == pytest.approx(2 / np.median(seconds))
     flops = 2 * 2 * found["settings"]["flops_per_image_and_call"]
-    assert ours["gflops"] == pytest.approx(flops / ours["seconds"] / 1e9)
-    seconds = sorted(r["network"] / r["ours"] for r in batch["rounds"])
-    ratio = batch["sides"]["network"]["time_over_ours"]
-    assert (ratio["least"], ratio["most"]) == pytest.approx((seconds[0], seconds[-1]))
-    assert "not run: torch is not installed" in capsys.readouterr().out
+    assert row["flops_per_second"] == pytest.approx(flops / np.median(seconds))
+    assert 0 < row["memory_mb"]["above imports"] < row["memory_mb"]["peak"]
+    assert found["machine"]["kind"] == "cpu"
+    assert found["machine"]["limits"]["ours"]["flops_per_second"] > 0
+    assert f"| {title} | ms |" in capsys.readouterr().out
+
+
+def test_what_time_does_not_allow_is_named(tmp_path, capsys):
+    path = tmp_path / "page.json"
+    page.main([*WORDS, "--seconds", "1", "--only", "sampling", "first-step", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["sections"] == {}
+    assert set(found["not run"]) == {"sampling, batch 2, S = 2", "first-step"}
+    assert "first-step: not run: no time was left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -44,29 +48,121 @@ def test_sampling_says_what_ran_and_what_did_not(tmp_path, capsys):
     [
         ("--json .", "exists; choose another --json"),
         ("--json no/such.json", "there is no folder no for --json"),
-        ("--only eager compiled", "invalid choice: 'compiled'"),
-        ("--batch 0", "--batch must be at least 1"),
-        ("--steps 0", "--steps must be at least 1"),
+        ("--data-dir no/such", "there is no folder no/such for --data-dir"),
+        ("--sides eager", "--sides needs 'ours'"),
+        ("--sides compiled", "invalid choice: 'compiled'"),
+        ("--rounds -1", "--rounds must be at least 1"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(words, message, capsys):
     with pytest.raises(SystemExit):
-        sampling.main(words.split())
+        page.main(words.split())
     assert message in capsys.readouterr().err
 
 
+class Side:
+    """In place of a process: ready after so many looks."""
+
+    def __init__(self, spec, env, log):
+        self.spec, self.side, self.ours = spec, spec["side"], peers.is_ours(spec["side"])
+        self.state, self.why, self.facts, self.left = racing.STARTING, "", {}, spec["looks"]
+        self.moving = True
+        SIDES.append(self)
+
+    def look(self):
+        if self.state == racing.STARTING:
+            self.state = racing.LOADED
+        elif self.state == racing.PREPARING:
+            self.left -= 1
+            self.state = racing.PREPARING if self.left else racing.READY
+        assert sum(s.state == racing.PREPARING for s in SIDES if s.ours) <= 1
+
+    def prepare(self):
+        self.state = racing.PREPARING
+
+    def waited(self):
+        return 0 if self.side != "stuck" else 100
+
+    @contextlib.contextmanager
+    def halted(self):
+        self.moving = False
+        yield
+        self.moving = True
+
+    def ask(self, word, seconds):
+        others = [s for s in SIDES if s.state == racing.PREPARING and s.moving]
+        assert not others, "compiled while another was timed"
+        return {"seconds": 2.0 if self.ours else 3.0} if word == "go" else {"memory_mb": {}}
+
+    def fail(self, why):
+        self.state, self.why = racing.FAILED, why
+
+    def kill(self):
+        self.state = racing.FAILED
+
+    def prepared(self):
+        return {}
+
+
+SIDES = []
+
+
+def test_nothing_compiles_while_a_side_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(racing, "Worker", Side)
+    SIDES.clear()
+
+    def race(title, **looks):
+        specs = [{"side": s, "looks": n, "what": title} for s, n in looks.items()]
+        return racing.Race(title, specs, {s: {} for s in looks}, 2)
+
+    races = [race("a", ours=2, eager=1), race("b", ours=5, eager=15, stuck=3), race("c", ours=1)]
+    course = racing.Course(races, tmp_path, limit=4, patience=50)
+    found = [course.run(r, time.time() + 60) for r in races]
+    assert [set(f["sides"]) for f in found] == [{"ours", "eager"}, {"ours", "eager"}, {"ours"}]
+    assert found[1]["not run"] == {"stuck": "not ready in 50 s"}
+    assert found[0]["sides"]["eager"]["answers"] == [{"seconds": 3.0}] * 2
+
+
+def test_a_table_holds_ratios_of_one_round(tmp_path):
+    outputs = {"ours": np.array([0.5, -4.0]), "eager": np.array([0.5, -3.0])}
+    times = {"ours": [2.0, 4.0, 1.0], "eager": [6.0, 4.0, 4.0]}
+    sides = {}
+    for name, first in outputs.items():
+        np.save(tmp_path / f"{name}.npy", first)
+        sides[name] = {
+            "answers": [{"seconds": t} for t in times[name]],
+            "output": str(tmp_path / f"{name}.npy"),
+            "facts": {"version": name},
+            "prepare_seconds": 1.5,
+            "memory_mb": {"peak": 10.0},
+        }
+    whole = {"machine": {"limits": {"ours": {"flops_per_second": 80.0}}}}
+    race = racing.Race("title", [SPEC], {}, 3)
+    made = tables.of_race(race, {"sides": sides, "not run": {"x": "why"}}, whole, work=2.0)
+    assert made["sides"]["eager"]["time_over_ours"] == {"median": 3.0, "least": 1.0, "most": 4.0}
+    assert made["sides"]["eager"]["disagreement"] == 0.25  # of the largest pixel
+    assert made["sides"]["ours"]["images_per_second"] == 4.0
+    assert made["sides"]["ours"]["flops_per_second"] == 40.0  # 8 images, 5 calls, 2 each in 2 s
+    assert made["sides"]["ours"]["of_matrix_product"] == 0.5
+    assert "3.00 (1.00 to 4.00)" in made["text"]
+    assert "x: not run: why" in made["text"]
+    assert whole["machine"]["version"] == "ours"
+
+
 @pytest.mark.slow
-def test_training_has_a_table_for_each_part(tmp_path, monkeypatch):
-    monkeypatch.delitem(training.WORK, training.STEP)  # which compiles for long
-    path = tmp_path / "training.json"
-    training.main([*WORDS, "--json", str(path)])
-    tables = json.loads(path.read_text())["batches"]["2"]
-    assert set(tables) == {"forward", "forward + backward"}
-    for name, passes in (("forward", 1), ("forward + backward", 3)):
-        row = tables[name]["sides"]["ours"]
-        work = passes * 2 * peers.network_flops(peers.SMALL)
-        assert row["gflops"] * row["seconds"] * 1e9 == pytest.approx(work)
-        assert set(tables[name]["not run"]) == {"eager", "torch.compile"}
+def test_fit_beside_a_step_by_hand():
+    settings = train_loop.Settings(steps=4, every=2, rounds=1, input_seconds=0.01)
+    with jax.numpy_dtype_promotion("standard"):  # for optax's Adam
+        found = train_loop.prepare(settings)()
+    parts = found["rounds"][0]
+    assert {k: len(parts[k]) for k in ("hand", "fit", "resumed", "saving")} == dict.fromkeys(
+        ("hand", "fit", "resumed", "saving"), 2
+    )
+    speeds = [h / f for h, f in zip(parts["hand"], parts["fit"])]
+    assert found["speed_over_hand"]["most"] == max(speeds)
+    logged, counted = (found[k]["flops_per_second"] for k in ("logged", "counted"))
+    assert logged == pytest.approx(counted, rel=0.01)
+    assert "| resumed / fresh | " in train_loop.show(found)
 
 
 def test_operations_are_those_that_xla_counts():
@@ -77,12 +173,6 @@ def test_operations_are_those_that_xla_counts():
     counted = compiled.cost_analysis()["flops"]  # sums, norms and nonlinearities as well
     assert 0.8 * counted < peers.network_flops(config) < counted
     assert peers.network_flops(PAPER["cifar10"]) == pytest.approx(11.62e9, rel=1e-3)
-
-
-def test_disagreement_is_relative_to_the_largest_pixel():
-    ours, theirs = np.array([0.5, -4.0]), np.array([0.5, -3.0])
-    assert sampling.disagreement(ours, theirs, clipped=False) == 0.25
-    assert sampling.disagreement(ours, np.array([0.5, -1.0]), clipped=True) == 0.0
 
 
 def test_parallel_beside_sample(tmp_path, monkeypatch, capsys):

@@ -20,12 +20,22 @@ from ddim_jax.cli.ways import Drawing, Sampling
 from ddim_jax.generation.shards import generate, read_settings
 from ddim_jax.process.gamma import snr_plus_one, truncated_snr
 from ddim_jax.storage.checkpoint import restore_config
-from ddim_jax.training import fit
-from ddim_jax.training.distilling import RECIPE, taught_by
+from ddim_jax.training import averages, distilling, fit, parallel
+from ddim_jax.training.distilling import RECIPE, halvings, taught_by
+from ddim_jax.training.feeding import make_steps
 from ddim_jax.training.presets import DataConfig
+from ddim_jax.training.step import init_state, make_train_step
 from ddim_jax.weights import load_model, save_diffusers, save_model
 from tests.test_fine_tune import PLAIN, make_model
-from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config, make_dataset
+from tests.tiny import (
+    SCHEDULE,
+    affine,
+    affine_params,
+    assert_same,
+    make_batch,
+    make_config,
+    make_dataset,
+)
 
 pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 T = 1000
@@ -251,6 +261,37 @@ def test_a_student_resumes_bit_for_bit_and_learns_from_its_teacher(tmp_path):
     assert restore_config(tmp_path / "cut" / "checkpoints", 8)["tau"] == [5, 10]
 
 
+def test_all_stages_of_a_ladder_are_one_program_and_none_depends_on_it():
+    config = make_config(cosine_decay=True)
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    state, batch = init_state(affine_params(), config), make_batch(8)
+    rows = {k: jax.ShapeDtypeStruct((1, *v.shape), v.dtype) for k, v in batch.items()}
+
+    def teacher(weight):
+        params = {**affine_params(), "w": jnp.float32(weight)}
+        return ddim.Model(ddim.predicts(affine, "eps"), params, SCHEDULE)
+
+    def program(loss, updates):
+        step = make_train_step(affine, SCHEDULE, dataclasses.replace(config, num_updates=updates))
+        steps = make_steps(step, mesh, averages.leave)
+        return steps.lower(state, [], {}, rows, loss, np.float32(updates)).as_text()
+
+    stages = halvings([1, 3, 4, 6, 7, 8, 9, 10], 10)
+    losses = [taught_by(teacher(i), tau, 4) for i, tau in enumerate(stages[:-1])]
+    programs = {program(loss, updates) for loss, updates in zip(losses, (12, 12, 20))}
+    assert len(programs) == 1
+    x_0, key = jax.random.normal(jax.random.key(1), (64, 3)), jax.random.key(0)
+    student = ddim.predicts(lambda x, t: 0.5 * x, "v")
+    for i, tau in enumerate(stages[:-1]):
+        of = (student, SCHEDULE, x_0, key, None)
+        assert losses[i](*of) == taught_by(teacher(i), tau)(*of)
+        network = ddim.predicts(partial(affine, teacher(i).params), "eps")
+        plain = ddim.distillation_loss(student, network, SCHEDULE, tau, x_0, key)
+        assert losses[i](*of) == plain
+    with pytest.raises(ValueError, match="multiple of S/2 = 4, got 6"):
+        taught_by(teacher(0), stages[0], 6)
+
+
 # Models: each draws along its own τ.
 
 
@@ -369,6 +410,14 @@ def test_a_variance_is_not_distilled(tmp_path):
     save_model(tmp_path / "m.safetensors", make_model(config))
     with pytest.raises(ValueError, match="learned variance cannot be distilled"):
         run(str(tmp_path / "m.safetensors"), tmp_path / "out", steps=4, **DATA)
+
+
+def test_there_is_one_config_or_one_for_each_stage(tmp_path):
+    with pytest.raises(ValueError, match="got 3 configs for 2 stages"):
+        distilling.distill(
+            make_model(), [3, 5, 7, 10], make_dataset(), [RECIPE] * 3, tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 SHORT = dataclasses.replace(

@@ -165,10 +165,24 @@ def test_the_jackknife_of_a_mean_is_the_textbooks():
     def distance(y):
         return y.mean() ** 2 + y.var(ddof=1)
 
-    kept = [np.delete(x, [b, b + 3], axis=0) for b in range(3)]
+    drawn = np.random.default_rng(0).permutation(6).reshape(2, 3).T
+    kept = [np.delete(x, pair, axis=0) for pair in drawn]
     left_out = np.array([distance(y) for y in kept])
     want = np.sqrt(2 / 3 * ((left_out - left_out.mean()) ** 2).sum())
     assert frechet_jackknife(x, point, blocks=3) == pytest.approx((distance(x), want), rel=1e-12)
+
+
+def test_the_jackknife_does_not_mind_the_order_of_the_classes():
+    """Ten far apart in turn, where every 200th is of one class, or one after the other."""
+    x, standard = np.random.default_rng(1).standard_normal((2000, 2)), moments(np.eye(2))
+    x[:, 0] += 5 * (np.arange(2000) % 10)
+    sorted_ = x[np.argsort(np.arange(2000) % 10, kind="stable")]
+    _, mixed = frechet_jackknife(np.random.default_rng(2).permutation(x), standard, 200)
+    for order in (
+        x,
+        sorted_,
+    ):  # each error is itself uncertain by 5 %; by strides, 3.2 and 0.08 times
+        assert frechet_jackknife(order, standard, 200)[1] == pytest.approx(mixed, rel=0.2)
 
 
 def test_the_jackknife_needs_samples():

@@ -21,6 +21,7 @@ from ddim_jax.data import load
 from ddim_jax.networks import unet
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.sampling.clipping import clip_x0
+from ddim_jax.sampling.plan import with_memory
 from ddim_jax.training.presets import PRESETS
 from ddim_jax.training.step import init_state, make_train_step
 from experiments import (
@@ -394,6 +395,26 @@ def test_one_step_serves_every_plan():
     assert draws._step(False)._cache_size() == 1
 
 
+def test_one_step_serves_every_method_and_network():
+    """η = 0 and methods that remember, S = 2 and 3, weights of the model and others."""
+    model = ddim.load_model("digits")
+    draws = stepping.Stepper(model)
+    other = jax.tree.map(lambda p: 0.9 * p, model.params)
+    numbers = np.arange(8, dtype=np.uint32)
+    x_T = ddim.initial_noise(jax.random.key(5), numbers, model.image_shape)
+    for method, tau, params in (
+        (ddim.ddim(), [500, 1000], None),
+        (ddim.unipc(2), [100, 500, 1000], other),
+        (ddim.dpm_solver(2), [100, 500, 1000], None),
+    ):
+        plan = with_memory(method(model.schedule, tau), stepping.MEMORY)
+        x_0 = draws.run(x_T, plan, numbers=numbers, params=params)
+        with_params = model if params is None else model._replace(params=params)
+        wanted = ddim.sample(with_params.denoise, x_T, model.schedule, tau, method=method)
+        np.testing.assert_allclose(x_0, wanted, atol=1e-5)  # of order 1, rounded otherwise
+    assert draws._step(False)._cache_size() == 1
+
+
 @pytest.mark.parametrize("part", cifar10.PARTS, ids=lambda part: part.folder)
 def test_the_parts_of_cifar10_are_taken(part, monkeypatch):
     """Their words are those of the experiment; nothing is run."""
@@ -633,11 +654,39 @@ def test_distillation_summarises_seeds_and_takes_the_best_tau(tmp_path):
     series = distillation._series(distillation._rows(cells))
     assert series == {"student": ([4], [2.0], [1.0]), "ddim": ([4], [2.0], [0.0])}
     assert distillation._rows(cells[:1])[0]["se"] == 0.5
+    with pytest.raises(ValueError, match="one for each of 5 stages, got 2"):
+        distillation.main(["--updates", "3", "4", "--out", str(tmp_path / "new")])
     with pytest.raises(ValueError, match="does not lead to 3"):
         distillation.main(["--steps", "3", "--out", str(tmp_path / "new")])
     with pytest.raises(ValueError, match=r"no student of 32 steps has \[6\] steps"):
         distillation.main(["--steps", "6", "4", "--out", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_distillation_scores_students_and_solvers_and_goes_on(tmp_path):
+    words = "--teacher-steps 4 --steps 2 1 --also 3 25 --seeds 4 --updates 2 4 --train-batch 8"
+    words += " --num-images 8 --batch-size 4 --method unipc-2 --spacings linear logsnr"
+    words = [*words.split(), "--out", str(tmp_path / "out")]
+    with pytest.raises(pipeline.OutOfTimeError):
+        distillation.main([*words, "--seconds", "1"])
+    last = tmp_path / "out" / "ladder-4" / "steps-1" / "metrics.jsonl"
+    before = last.read_text()
+    result = distillation.main(words)
+    assert last.read_text() == before  # with its seconds: no stage was trained anew
+    cells = {(c["way"], c["S"]): c for c in result["cells"]}
+    ways = {f"{name}-{tau}" for name in ("ddim", "unipc-2") for tau in ("linear", "logsnr")}
+    few = {(way, s) for way in ways for s in (1, 2, 3)} | {("student", s) for s in (1, 2)}
+    assert cells.keys() == few | {("ddim-linear", 25), ("ddim-logsnr", 25)}
+    assert result["missing"] == []
+    for way in ways:  # one call is Euler's from T
+        assert cells[way, 1]["distance"] == cells["ddim-linear", 1]["distance"]
+    student = ddim.load_model(tmp_path / "out" / "ladder-4" / "steps-2")
+    x_T = ddim.initial_noise(jax.random.key(4), 8, student.image_shape)
+    images = np.asarray(to_uint8(student.sampler()(x_T)))
+    assert cells["student", 2]["distance"] == pytest.approx(
+        frechet(images, load("digits").arrays()["image"].astype(float)), rel=2e-3
+    )
 
 
 def test_batches_of_objectives_are_epochs_without_a_gap():

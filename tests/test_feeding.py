@@ -79,7 +79,7 @@ def test_a_batch_is_gathered_where_it_is_needed(data, fsdp):
     dataset, config = make_dataset(), make_config(batch_size=16, data_on_device=True)
     feed = feeding.Feed(dataset, config, mesh, 3, 2)
 
-    def step(state, batch, loss):
+    def step(state, batch, loss, num_updates):
         return state._replace(step=state.step + 1), batch
 
     steps = feeding.make_steps(step, mesh, averages.leave)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -541,9 +542,9 @@ def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch
         return params["w"] * x + jnp.where(params["n"] > 3, jnp.nan, 0.0)
 
     def count(step):  # n counts the steps that are not skipped: the fifth and all later are bad
-        def counting(state, batch, loss):
+        def counting(state, batch, *more):
             state = state._replace(params={**state.params, "n": 1.0 + state.params["n"]})
-            return step(state, batch, loss)
+            return step(state, batch, *more)
 
         return jax.jit(counting)
 
@@ -566,6 +567,16 @@ def test_pictures_are_drawn_from_the_average_at_fixed_latents(tmp_path):
     board = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
     assert board.count(b"samples") == 3
     assert b"param_norm" in board
+
+
+def test_a_line_is_timed_by_when_its_steps_were_done():
+    """Not by when the host came to ask, which may be a whole call later."""
+    collected = collecting.Collected(make_config(), make_dataset(), {"loss": []}, 0)
+    collected.add({"loss": jnp.ones(1), "param_norm": jnp.ones(1)})
+    collected._clock.shutdown()  # waits until it has seen the time
+    asked = time.perf_counter()
+    collected.fetch(1)
+    assert 0 < collected.ended <= asked
 
 
 def test_arithmetic_is_counted(tmp_path, monkeypatch):

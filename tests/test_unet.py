@@ -255,6 +255,23 @@ def test_group_norm_of_other_groups():
     assert abs(GroupNorm(24, 8)(moved) - GroupNorm(24, 8)(x)).max() > 0.1
 
 
+def test_group_norm_of_parts_is_that_of_the_whole():
+    """Also where a group lies on both sides of a cut."""
+    x, norm = jnp.asarray(images(2, 4, 6, 24)), GroupNorm(24, 4)
+    together = norm(x[..., :7], x[..., 7:], then=jax.nn.swish)
+    np.testing.assert_allclose(together, jax.nn.swish(norm(x)), atol=1e-6)
+
+
+def test_group_norm_where_the_first_row_is_another_or_nothing_varies():
+    """One row in H far away takes log2 H bits; a constant gives no root of less than 0."""
+    x = images(2, 8, 6, 32)
+    x[:, 0] += 1e3
+    want = np.array([np_norm({"scale": 1, "bias": 0}, one) for one in x.astype(np.float64)])
+    np.testing.assert_allclose(GroupNorm(32)(x), want, atol=1e3 * 8 * 1.2e-7)
+    constant = jnp.full((1, 8, 6, 32), 1e6 / 3, jnp.float32)
+    assert jnp.isfinite(GroupNorm(32)(constant)).all()
+
+
 def test_group_norm_derivatives_of_first_and_second_order():
     norm, (x, v, w) = GroupNorm(32), (images(1, 2, 2, 32, seed) for seed in (1, 2, 3))
     p, step = {"scale": np.ones(32), "bias": np.zeros(32)}, 1e-3

@@ -237,8 +237,9 @@ def frechet_jackknife(
 ) -> tuple[float, float]:
     """The Fréchet distance of features to a fixed reference, and its standard error.
 
-    Delete-a-group jackknife: with F_b the distance when every `blocks`-th sample from the b-th on
-    is left out, and F̄ their mean, se² = (B − 1)/B Σ_b (F_b − F̄)² (Efron & Tibshirani 1993, §11).
+    Delete-a-group jackknife: with F_b the distance when the b-th of `blocks` groups is left out,
+    and F̄ their mean, se² = (B − 1)/B Σ_b (F_b − F̄)² (Efron & Tibshirani 1993, §11). The groups are
+    drawn, always alike, so that samples may come class by class or with their classes in turn.
     It is what independent samples of the same number would scatter by; it knows nothing of the
     bias that few samples bring, nor of the reference's own sampling.
 
@@ -269,9 +270,10 @@ def frechet_jackknife(
     total = moments(features)
     distance = frechet_distance(reference, total)
     root = _root(reference.covariance)
-    left_out = np.empty(blocks)
+    left_out, order = np.empty(blocks), np.random.default_rng(0).permutation(len(features))
     for b in range(blocks):
-        left_out[b] = _distance(reference, root, total.remove(moments(features[b::blocks])))
+        group = features[np.sort(order[b::blocks])]
+        left_out[b] = _distance(reference, root, total.remove(moments(group)))
         tick()
     spread = (left_out - left_out.mean()) ** 2
     return distance, float(np.sqrt((blocks - 1) / blocks * spread.sum()))

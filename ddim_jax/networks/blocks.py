@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
 }
+Activation = Callable[[jax.Array], jax.Array]
 _zeros = nnx.initializers.zeros_init()
 _keyless: Any = SimpleNamespace(params=lambda: None)  # zeros need no key, and keys cost the most
 
@@ -60,7 +61,11 @@ def timestep_embedding(
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation with float32 statistics (Wu & He, 2018)."""
+    """Group normalisation with float32 statistics (Wu & He, 2018), and what follows each pixel.
+
+    `norm(x)` is (B, H, W, C) as x; `norm(*parts, then=f)` is f(norm(x)) of x = the parts, one after
+    the other along the channels, which are never put together.
+    """
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6):
         self.groups, self.eps = groups, eps
@@ -68,24 +73,36 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
     @jax.named_scope("group_norm")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        (b, _, _, c), groups = x.shape, self.groups
-        y = x.astype(jnp.float32)
+    def __call__(self, *parts: jax.Array, then: Activation = lambda y: y) -> jax.Array:
+        batch, dtype = parts[0].shape[0], parts[0].dtype
+        ends = np.cumsum([part.shape[-1] for part in parts])
+        each = [part.astype(jnp.float32) for part in parts]
 
-        def group_mean(z: jax.Array) -> jax.Array:  # (b, h, w, c) -> (b, groups, 1)
-            return z.mean((1, 2)).reshape(b, groups, -1).mean(-1, keepdims=True)
+        def group_mean(zs: list[jax.Array]) -> jax.Array:  # of its group, for each channel
+            z = jnp.concatenate([z.mean((1, 2)) for z in zs], -1).reshape(batch, self.groups, -1)
+            return jnp.broadcast_to(z.mean(-1, keepdims=True), z.shape).reshape(batch, 1, 1, -1)
 
-        def per_channel(z: jax.Array) -> jax.Array:  # (b, groups, 1) -> (b, 1, 1, c)
-            return jnp.broadcast_to(z, (b, groups, c // groups)).reshape(b, 1, 1, c)
+        def cut(z: jax.Array) -> list[jax.Array]:  # (B, 1, 1, C) -> one of each part
+            return jnp.split(z, ends[:-1], axis=-1)
 
-        # var = E(y − m)² − (E y − m)² for any constant m. With m = E y no digits are lost, and as
-        # a constant it keeps a second reduction out of the backward pass.
-        mean = group_mean(y)
-        m = jax.lax.stop_gradient(mean)
-        var = group_mean(jnp.square(y - per_channel(m))) - jnp.square(mean - m)
-        scale = per_channel(jax.lax.rsqrt(var + self.eps)) * self.scale[...].reshape(1, 1, 1, c)
-        shift = self.bias[...].reshape(1, 1, 1, c) - per_channel(mean) * scale
-        return (y * scale + shift).astype(x.dtype)
+        # var = E(y − m)² − (E y − m)² for any constant m, so that E and var take one pass. With m
+        # the mean of one row of H, (E y − m)² ≤ H var: no more than log₂ H bits are lost.
+        m = jax.lax.stop_gradient(group_mean([y[:, :1] for y in each]))
+        mean = group_mean(each)
+        square = group_mean([jnp.square(y - n) for y, n in zip(each, cut(m))])
+        var = jnp.maximum(square - jnp.square(mean - m), 0)
+        scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, 1, -1)
+        shift = self.bias[...].reshape(1, 1, 1, -1) - mean * scale
+
+        def apply(
+            parts: tuple[jax.Array, ...], scales: list[jax.Array], shifts: list[jax.Array]
+        ) -> jax.Array:
+            affine = [x.astype(jnp.float32) * a + b for x, a, b in zip(parts, scales, shifts)]
+            return then(jnp.concatenate([y.astype(dtype) for y in affine], axis=-1))
+
+        if dtype != jnp.float32:  # keep for the gradient what came, not what was made of it
+            apply = jax.checkpoint(apply)
+        return apply(parts, cut(scale), cut(shift))
 
 
 def dense(c_in: int, c_out: int, config: UNetConfig) -> nnx.Linear:
@@ -108,7 +125,8 @@ class ResnetBlock(nnx.Module):
     """x + conv2(dropout(a(norm2(conv1(r(a(norm1(x)))) + temb_proj(a(temb)))))), a the activation.
 
     With `scale_shift`, y = norm2(conv1(…)) becomes y (1 + s) + b instead, [s, b] = temb_proj(…).
-    r, of x too, is `upsample` or `average` in a block that resamples; the sum is over `divisor`.
+    x comes in parts along its channels. r, of x too, is `upsample` or `average` in a block that
+    resamples; the sum is over `divisor`.
     """
 
     def __init__(
@@ -125,26 +143,37 @@ class ResnetBlock(nnx.Module):
         if c_in != c_out:
             self.nin_shortcut = dense(c_in, c_out, config)
 
-    def __call__(self, x: jax.Array, temb: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, parts: tuple[jax.Array, ...], temb: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
         activation = ACTIVATIONS[self.activation]
-        h = activation(self.norm1(x))
+        h = self.norm1(*parts, then=activation)
         if self.resample:
             resample = {"up": upsample, "down": average}[self.resample]
-            h, x = resample(h), resample(x)
+            h, parts = resample(h), tuple(map(resample, parts))
         h = self.conv1(h)
         time = self.temb_proj(activation(temb))[:, None, None]
         if self.scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = self.norm2(h, then=lambda y: activation(y * (1 + scale) + shift))
         else:
-            h = self.norm2(h + time)
-        h = activation(h)
+            h = self.norm2(h + time, then=activation)
         if key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
             h = jnp.where(keep, h / (1 - self.dropout), jnp.zeros_like(h))
         h = self.conv2(h)
-        y = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        y = h + self.shortcut(parts)
         return y if self.divisor == 1 else y / self.divisor
+
+    def shortcut(self, parts: tuple[jax.Array, ...]) -> jax.Array:
+        """The parts side by side, through a dense layer where the number of channels changes."""
+        layer: Any = getattr(self, "nin_shortcut", lambda x: x)
+        if len(parts) == 1 or not hasattr(self, "nin_shortcut"):
+            return layer(jnp.concatenate(parts, axis=-1))
+        ends = np.cumsum([part.shape[-1] for part in parts])
+        kernels = jnp.split(layer.kernel[...].astype(parts[0].dtype), ends[:-1])
+        bias = layer.bias[...].astype(parts[0].dtype).reshape(1, 1, 1, -1)
+        return sum((x @ kernel for x, kernel in zip(parts, kernels)), bias)
 
 
 class AttnBlock(nnx.Module):

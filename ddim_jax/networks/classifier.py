@@ -84,7 +84,7 @@ class Classifier(UNet):
             if self.pool == "spatial":
                 return self.dense(nnx.relu(h))
             return self.dense(nnx.swish(self.norm_hidden(h[:, None, None])[:, 0, 0]))
-        h = nnx.swish(self.norm_out(h))
+        h = self.norm_out(h, then=nnx.swish)
         pixels = h.reshape(h.shape[0], -1, h.shape[-1])
         if self.pool == "adaptive":
             return self.dense(pixels.mean(1))

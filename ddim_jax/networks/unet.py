@@ -127,28 +127,26 @@ class UNet(nnx.Module):
 
         for level in reversed(in_order(self.up)):
             for i, block in enumerate(in_order(level["block"])):
-                h = residual(block, jnp.concatenate([h, skips.pop()], axis=-1))
+                h = residual(block, h, skips.pop())
                 h = level["attn"][str(i)](h) if level["attn"] else h
             if "upsample" in level:
                 h = level["upsample"](h, residual)
 
-        return self.conv_out(nnx.swish(self.norm_out(h))).astype(jnp.float32)
+        return self.conv_out(self.norm_out(h, then=nnx.swish)).astype(jnp.float32)
 
-    def residual(
-        self, temb: jax.Array, dropout_key: jax.Array | None
-    ) -> Callable[[Any, jax.Array], jax.Array]:
+    def residual(self, temb: jax.Array, dropout_key: jax.Array | None) -> Callable[..., jax.Array]:
         """What runs the residual blocks, each with a key of its own."""
         fold, numbers = jax.random.fold_in, itertools.count()
         keys = (None if dropout_key is None else fold(dropout_key, i) for i in numbers)
 
-        def run(block: Any, h: jax.Array) -> jax.Array:
+        def run(block: Any, *parts: jax.Array) -> jax.Array:
             called = jax.checkpoint(_block) if self.config.remat else _block
-            return called(block, h, temb, next(keys))
+            return called(block, parts, temb, next(keys))
 
         return run
 
     def way_down(
-        self, x: jax.Array, residual: Callable[[Any, jax.Array], jax.Array]
+        self, x: jax.Array, residual: Callable[..., jax.Array]
     ) -> tuple[list[jax.Array], jax.Array]:
         """What is left for the way up, and what the middle makes of the last of it."""
         x = 2 * x - 1 if self.config.centre_input else x

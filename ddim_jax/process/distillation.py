@@ -153,10 +153,59 @@ def distillation_loss(
       0.0
     """
     x_0 = check_batch(x_0)
-    t, mid = halve_timesteps(tau, schedule.num_steps), np.asarray(tau)[::2]
-    ends = jnp.asarray(np.stack([t, mid, np.append(0, t[:-1])]), jnp.int32)
-    i, noise = draws(x_0, key, len(t), indices)
-    t, mid, s = ends[:, i - 1]
+    table = jnp.asarray(two_steps(tau, schedule.num_steps))
+    return loss_of_steps(student, teacher, schedule, table, x_0, key, gamma, indices=indices)
+
+
+def two_steps(tau: Sequence[int] | np.ndarray, num_steps: int) -> np.ndarray:
+    """(3, S/2) int32: t, t' and t'' of the two teacher's steps that each of the student's is.
+
+    Raises:
+      ValueError: as `halve_timesteps`.
+
+    Example:
+      >>> two_steps([250, 500, 750, 1000], 1000).tolist()
+      [[500, 1000], [250, 750], [0, 500]]
+    """
+    t = halve_timesteps(tau, num_steps)
+    return np.stack([t, np.asarray(tau)[::2], np.append(0, t[:-1])]).astype(np.int32)
+
+
+def loss_of_steps(
+    student: Denoiser,
+    teacher: Denoiser,
+    schedule: Schedule,
+    table: Array,
+    x_0: Array,
+    key: Array,
+    gamma: ArrayLike | None = None,
+    *,
+    indices: ArrayLike | None = None,
+) -> Array:
+    """`distillation_loss` of the columns of `two_steps`, which may be traced: each equally often.
+
+    A table repeated as a whole has the same loss, to the bit: the column is a random number modulo
+    their count.
+
+    Args:
+      table: (3, n) int t, t', t'', see `two_steps`; not checked.
+      student, teacher, schedule, x_0, key, gamma, indices: as in `distillation_loss`.
+
+    Returns:
+      A float32 scalar.
+
+    Example:
+      >>> import ddim_jax as ddim, jax, jax.numpy as jnp
+      >>> given = [ddim.predicts(lambda x, t, w=w: w * x, "v") for w in (0.1, 0.2)]
+      >>> rest = (jnp.ones((4, 2)), jax.random.key(0))
+      >>> table = two_steps([250, 500, 750, 1000], 1000)
+      >>> once = loss_of_steps(*given, ddim.linear_schedule(1000), jnp.asarray(table), *rest)
+      >>> table = jnp.asarray(np.tile(table, 3))
+      >>> bool(once == loss_of_steps(*given, ddim.linear_schedule(1000), table, *rest))
+      True
+    """
+    i, noise = draws(x_0, key, table.shape[1], indices)
+    t, mid, s = table[:, i - 1]
     x_t = forward_marginal(schedule, wide(x_0), t, noise)
     target = jax.lax.stop_gradient(distillation_target(teacher, schedule, x_t, t, mid, s))
     prediction, c = prediction_of(student), coefficients(schedule, t, s)

@@ -156,45 +156,70 @@ def run(
         raise ValueError("a plan that corrects sums a memory: give it weights (S, M) too")
     if keys is not None and keys.shape != x_T.shape[:1]:
         raise ValueError(f"got keys of {keys.shape[0]} images for {x_T.shape[0]} images")
-    prediction, x = prediction_of(denoise), wide(x_T)
+    x = wide(x_T)
     check_network(denoise, plan)
-    both = None if plan.learned is None else with_variance(denoise)
     keep = np.zeros(plan.t.shape[0], bool) if keep is None else keep
     num_kept = int(keep.sum())
     slots = np.where(keep, np.cumsum(keep) - 1, num_kept)  # the one out of range is dropped
 
     def body(carry: Any, row: Any) -> tuple[Any, None]:
         (x, past, kept), (now, slot, z) = carry, row
-        t, steps = jnp.full(x.shape[:1], now.t), now.steps
-        if both is None:
-            output = call(denoise, x, t, x_T.dtype)
-        else:
-            output, v = (out.astype(x.dtype) for out in both(x.astype(x_T.dtype), t))
-            steps = now.learned.steps(steps, v)
-        x_0, eps = prediction.x0_eps(now.told or now.steps, x, output)
-        predicted = x_0
-        if now.told is not None:
-            x_0, eps = to_x0_eps(now.steps, x, eps)
-        if now.weights is not None:
-            past = jnp.concatenate([(eps if now.remembers == "eps" else x_0)[None], past[:-1]])
-            mean = jnp.einsum("j,j...->...", now.weights, past)
-            state = x if now.corrects is None else x + jnp.einsum("j,j...->...", now.corrects, past)
-            x_0, eps = to_x0_eps(now.steps, state, mean, now.remembers)
         z = z if keys is None else step_noise(keys, now.t, x)
+        x_s, past, predicted = advance(denoise, x, past, now, z, x_T.dtype)
         if num_kept:
             kept = tuple(
                 old.at[slot].set(new.astype(old.dtype), mode="drop")
                 for old, new in zip(kept, (x, predicted), strict=True)
             )
-        return (towards(steps, x_0, eps, z), past, kept), None
+        return (x_s, past, kept), None
 
-    memory = 0 if plan.weights is None else plan.weights.shape[1]
-    past = jnp.zeros((memory, *x.shape), x.dtype)
+    past = no_memory(plan, x)
     kept = tuple(jnp.zeros((num_kept, *x.shape), x_T.dtype) for _ in range(2))
     (x_0, _, kept), _ = jax.lax.scan(
         body, (x, past, kept), (rows(plan, x.dtype), slots.astype(np.int32), noise)
     )
     return x_0.astype(x_T.dtype), (kept[0], kept[1])
+
+
+def no_memory(plan: Plan, x: Array) -> Array:
+    """(M, B, ...) zeros: the predictions that a plan remembers before its first step."""
+    memory = 0 if plan.weights is None else plan.weights.shape[-1]
+    return jnp.zeros((memory, *x.shape), x.dtype)
+
+
+def advance(
+    denoise: Denoiser, x: Array, past: Array, now: Plan, z: Array | None, dtype: Any
+) -> tuple[Array, Array, Array]:
+    """One step of a plan.
+
+    Args:
+      denoise: the network, with what it predicts.
+      x: (B, ...) the state.
+      past: (M, B, ...) the last M predictions, newest first; see `no_memory`.
+      now: one row of `rows`, without its axis.
+      z: noise of x's shape, or None.
+      dtype: in which the network is given x.
+
+    Returns:
+      (x_s, past, x̂_0 as the network predicts it).
+    """
+    t, steps = jnp.full(x.shape[:1], now.t), now.steps
+    if now.learned is None:
+        output = call(denoise, x, t, dtype)
+    else:
+        both = with_variance(denoise)(x.astype(dtype), t)
+        output, v = (out.astype(x.dtype) for out in both)
+        steps = now.learned.steps(steps, v)
+    x_0, eps = prediction_of(denoise).x0_eps(now.told or now.steps, x, output)
+    predicted = x_0
+    if now.told is not None:
+        x_0, eps = to_x0_eps(now.steps, x, eps)
+    if now.weights is not None:
+        past = jnp.concatenate([(eps if now.remembers == "eps" else x_0)[None], past[:-1]])
+        mean = jnp.einsum("j,j...->...", now.weights, past)
+        state = x if now.corrects is None else x + jnp.einsum("j,j...->...", now.corrects, past)
+        x_0, eps = to_x0_eps(now.steps, state, mean, now.remembers)
+    return towards(steps, x_0, eps, z), past, predicted
 
 
 def check_network(network: Any, plan: Plan) -> None:
@@ -220,6 +245,31 @@ def with_noise(plan: Plan) -> Plan:
     if steps.sigma is not None:
         return plan
     return dataclasses.replace(plan, steps=steps._replace(sigma=steps.direction * 0))
+
+
+def with_memory(plan: Plan, memory: int) -> Plan:
+    """The plan in the program of those that remember so many predictions and correct: zeros.
+
+    One that remembers nothing takes part as one of x̂_0.
+
+    Raises:
+      ValueError: it remembers more.
+
+    Example:
+      >>> import ddim_jax as ddim
+      >>> plan = ddim.dpm_solver(2)(ddim.linear_schedule(1000), [1, 10, 100])
+      >>> with_memory(plan, 3).weights.shape, with_memory(plan, 3).corrects.tolist()
+      ((3, 3), [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    """
+    if plan.weights is None:
+        plan = dataclasses.replace(plan, weights=np.ones((len(plan.t), 1)), remembers="x_0")
+    corrects = np.zeros((len(plan.t), 1)) if plan.corrects is None else plan.corrects
+    if (own := np.shape(plan.weights)[1]) > memory:
+        raise ValueError(f"the plan remembers {own} predictions, more than {memory}")
+    weights, corrects = (
+        np.pad(v, ((0, 0), (0, memory - np.shape(v)[1]))) for v in (plan.weights, corrects)
+    )
+    return dataclasses.replace(plan, weights=weights, corrects=corrects)
 
 
 def single_rows(plan: Plan) -> Iterator[Plan]:

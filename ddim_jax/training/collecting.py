@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -37,10 +38,14 @@ class Collected:
         self._config, self._dataset = config, dataset
         self.waiting, self._in_a_row = waiting, skipped_in_a_row
         self._pending: list[Metrics] = []  # on the devices, (K,) of each call
+        self._ends: list[Future[float]] = []  # when each of them is done
+        self._clock = ThreadPoolExecutor(1)
+        self.ended = 0.0  # when what was fetched last was done, by `time.perf_counter`
 
     def add(self, metrics: Metrics) -> None:
         """Those of one call; waits for no call but the one `IN_FLIGHT` before."""
         self._pending.append(metrics)
+        self._ends.append(self._clock.submit(_when_done, metrics))
         if len(self._pending) > IN_FLIGHT:
             self._pending[-1 - IN_FLIGHT]["loss"].block_until_ready()
 
@@ -52,7 +57,9 @@ class Collected:
     def fetch(self, step: int) -> None:
         """Fetches all up to `step`; FloatingPointError names the first bad one."""
         calls = jax.device_get(self._pending)  # waits for the devices
-        self._pending = []
+        if self._ends:
+            self.ended = self._ends[-1].result()
+        self._pending, self._ends = [], []
         fetched = [dict(zip(call, values)) for call in calls for values in zip(*call.values())]
         for at, metrics in enumerate(fetched, start=step - len(fetched) + 1):
             self._take(at, {name: float(value) for name, value in metrics.items()})
@@ -92,6 +99,12 @@ class Collected:
         return {"batch": step, **waiting}
 
 
+def _when_done(metrics: Metrics) -> float:
+    """Waited for beside the loop, which a call may hold up until the devices have begun it."""
+    metrics["loss"].block_until_ready()
+    return time.perf_counter()
+
+
 class Meter:
     """Lines of metrics, with how fast the steps since the last one were.
 
@@ -115,9 +128,8 @@ class Meter:
         """Since the start."""
         return time.perf_counter() - self._began
 
-    def line(self, step: int, means: Mapping[str, float]) -> dict[str, float]:
-        """Of the steps since the last line up to this one, which have just been made."""
-        now = time.perf_counter()
+    def line(self, step: int, means: Mapping[str, float], now: float) -> dict[str, float]:
+        """Of the steps since the last line up to this one, which was made at `now`."""
         speed = (step - self._since) * self._config.batch_size / (now - self._last)
         line = {"step": step, **means, "images_per_second": speed}
         if self._flops > 0:

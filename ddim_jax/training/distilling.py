@@ -15,11 +15,12 @@ from os import PathLike
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
 from ddim_jax.data import Dataset
-from ddim_jax.process.distillation import distillation_loss, halve_timesteps
+from ddim_jax.process.distillation import halve_timesteps, loss_of_steps, two_steps
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.prediction import Prediction
 from ddim_jax.process.spacing import as_timesteps
@@ -41,14 +42,17 @@ RECIPE = TrainConfig(  # of each stage; Salimans & Ho, App. E, but for the avera
 )
 
 
-def taught_by(teacher: Model, tau: Sequence[int] | np.ndarray) -> Partial:
+def taught_by(teacher: Model, tau: Sequence[int] | np.ndarray, size: int | None = None) -> Partial:
     """The loss of a student of the teacher's DDIM steps along τ, for `fit(..., loss=)`.
 
-    Labels pass through to the teacher. Its weights are an argument of the compiled step.
+    Labels pass through to the teacher. Its weights and τ are arguments of the compiled step, so
+    that the losses of one `size` are one program.
 
     Args:
       teacher: of `load_model`, or a `Model` of your own.
       tau: (S,) its τ, S even; the student's is `halve_timesteps(tau, T)`.
+      size: columns of the table of steps, a multiple of S/2, which it is by default: the table is
+        repeated. The value does not depend on it.
 
     Returns:
       A `jax.tree_util.Partial` (student, schedule, x_0, key, gamma, indices=…, labels=…) → scalar.
@@ -63,14 +67,20 @@ def taught_by(teacher: Model, tau: Sequence[int] | np.ndarray) -> Partial:
       >>> bool(loss(student, teacher.schedule, x_0, key, None) > 0)
       True
     """
-    tau = as_timesteps(tau, teacher.schedule.num_steps)
+    table = two_steps(tau, teacher.schedule.num_steps)
+    if size is not None:
+        if size % table.shape[1]:
+            raise ValueError(f"size must be a multiple of S/2 = {table.shape[1]}, got {size}")
+        table = np.tile(table, size // table.shape[1])
 
-    def loss(params: Any, student: Any, schedule: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    def loss(
+        params: Any, table: jax.Array, student: Any, schedule: Any, *args: Any, **kwargs: Any
+    ) -> jax.Array:
         labels = {"labels": kwargs.pop("labels")} if "labels" in kwargs else {}
         apply_fn = partial(teacher.apply_fn, params, **labels)
-        return distillation_loss(student, apply_fn, schedule, tau, *args, **kwargs)
+        return loss_of_steps(student, apply_fn, schedule, table, *args, **kwargs)
 
-    return Partial(loss, teacher.params)
+    return Partial(loss, teacher.params, jnp.asarray(table))
 
 
 def halvings(tau: Sequence[int] | np.ndarray, num_steps: int, to: int = 1) -> list[np.ndarray]:
@@ -111,7 +121,7 @@ def distill(
     model: Model,
     tau: Sequence[int] | np.ndarray,
     dataset: Dataset,
-    config: TrainConfig,
+    config: TrainConfig | Sequence[TrainConfig],
     directory: str | PathLike[str],
     *,
     to: int = 1,
@@ -124,15 +134,18 @@ def distill(
 
     Every stage is a run of `fit` with all that belongs to it; `load_model` takes its folder, and
     the `Model` has its τ. A student starts from its teacher's weights, the moving average of the
-    stage before. It has no dropout: its target is a function of x_t.
+    stage before. It has no dropout: its target is a function of x_t. All stages are one compiled
+    program where their batches, intervals and settings are one, whatever their number of updates:
+    with JAX's compilation cache (`JAX_COMPILATION_CACHE_DIR`) only the first is compiled.
 
     Args:
       model: the teacher, of `load_model`.
       tau: (S,) its τ, S = to · 2^k.
       dataset: the images to noise; those that the teacher learned from.
-      config: of each stage: `RECIPE`, say. A student predicts `config.prediction` where that is
-        "x_0", "v" or "edm"; where it is "eps", the default, what its teacher does, and v where that
-        is ε, of which few steps at much noise make nothing.
+      config: of each stage, `RECIPE`, say; or as many as there are stages, the first one's first.
+        A student predicts `config.prediction` where that is "x_0", "v" or "edm"; where it is "eps",
+        the default, what its teacher does, and v where that is ε, of which few steps at much noise
+        make nothing.
       directory: made if missing.
       to: S of the last student.
       source: the model's name, to be kept.
@@ -152,7 +165,12 @@ def distill(
     directory, schedule = pathlib.Path(directory), model.schedule
     ladder = halvings(tau, schedule.num_steps, to)
     folders = [stage_folder(directory, students) for students in ladder[1:]]
-    config = dataclasses.replace(config, **_learned(model.prediction, config))
+    configs = [config] * len(folders) if isinstance(config, TrainConfig) else list(config)
+    if len(configs) != len(folders):
+        raise ValueError(
+            f"got {len(configs)} configs for {len(folders)} stages: give one, or one for each"
+        )
+    configs = [dataclasses.replace(c, **_learned(model.prediction, c)) for c in configs]
     model.prediction.check(coefficients(schedule, ladder[0], 0))
     if model.config.out_channels not in (None, model.config.in_channels):
         raise ValueError(
@@ -166,15 +184,15 @@ def distill(
     if (directory / "checkpoints").exists():
         raise FileExistsError(f"{directory} is itself a run: choose a new folder for the stages")
     classes = model.config.num_classes
-    for folder in folders:
+    for config, folder in zip(configs, folders):
         check_run(dataset, config, folder, None, classes, resume)
-    if model.prediction.kind not in ("x_0", config.prediction):
+    if model.prediction.kind not in ("x_0", configs[0].prediction):
         say(
             f"the teacher predicts {model.prediction.kind}, its students "
-            f"{config.prediction}: the first of them has that to learn too"
+            f"{configs[0].prediction}: the first of them has that to learn too"
         )
     network = dataclasses.replace(model.config, dropout=0.0)
-    for before, own, folder in zip(ladder, ladder[1:], folders):
+    for before, own, config, folder in zip(ladder, ladder[1:], configs, folders):
         start = start_from(model, network, source)
         facts = {k: v for k, v in start.facts.items() if k not in Prediction("edm").facts()}
         facts |= {"tau": own.tolist(), "teacher_tau": before.tolist()}
@@ -189,7 +207,7 @@ def distill(
             folder,
             facts=facts,
             num_classes=classes,
-            loss=taught_by(model, before),
+            loss=taught_by(model, before, len(ladder[1])),
             resume=resume,
             progress=progress,
             say=say,

@@ -139,12 +139,14 @@ def make_update(
     state: TrainState,
     kept: Any,
     loss: Partial,
+    num_updates: int,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Any, Metrics]]:
     """Compiles `make_steps` while images are decoded: (state, kept) → those after the next call."""
     steps = make_steps(train_step, feed.mesh, follow)
-    compiled = steps.lower(state, kept, feed.data_like, feed.like, loss).compile()
+    last = np.float32(num_updates)  # an argument, as loss: runs that differ in it are one program
+    compiled = steps.lower(state, kept, feed.data_like, feed.like, loss, last).compile()
     data = feed.data()
-    return lambda state, kept: compiled(state, kept, data, next(feed), loss)
+    return lambda state, kept: compiled(state, kept, data, next(feed), loss, last)
 
 
 def make_steps(
@@ -160,8 +162,8 @@ def make_steps(
       follow: (kept, params, step) → kept, after each step; see `averages.follow`.
 
     Returns:
-      Jitted (state, kept, data, batches, loss) → (state, kept, metrics (K,)), of a `Feed`'s data
-      and batches. The given state and kept are donated.
+      Jitted (state, kept, data, batches, loss, num_updates) → (state, kept, metrics (K,)), of a
+      `Feed`'s data and batches. The given state and kept are donated.
     """
 
     def taken(data: Batch, batch: Batch) -> Batch:
@@ -174,10 +176,15 @@ def make_steps(
         }
 
     def steps(
-        state: TrainState, kept: Any, data: Batch, batches: Batch, loss: Partial
+        state: TrainState,
+        kept: Any,
+        data: Batch,
+        batches: Batch,
+        loss: Partial,
+        num_updates: Any = None,
     ) -> tuple[TrainState, Any, Metrics]:
         def one(carry: tuple[TrainState, Any], batch: Batch) -> tuple[tuple[TrainState, Any], Any]:
-            state, metrics = train_step(carry[0], taken(data, batch), loss)
+            state, metrics = train_step(carry[0], taken(data, batch), loss, num_updates)
             return (state, follow(carry[1], state.params, state.step)), metrics
 
         if jax.default_backend() != "cpu":

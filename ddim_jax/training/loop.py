@@ -153,7 +153,7 @@ def fit(
         def write_line(step: int) -> None:
             collected.fetch(step)
             if means := collected.means():
-                line = meter.line(step, means)
+                line = meter.line(step, means, collected.ended)
                 log.line(line)
                 speed = line["images_per_second"]
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.3g} images/s")
@@ -168,7 +168,8 @@ def fit(
             if step < config.num_updates:
                 bar.set_postfix_str("compiling")
                 feed = Feed(dataset, config, mesh, start, calls)
-                update = make_update(train_step, follow, feed, state, kept, loss)
+                update = make_update(train_step, follow, feed, state, kept, loss,
+                                     config.num_updates)  # fmt: skip
                 compiling = meter.seconds
                 bar.set_postfix_str(f"compiled in {compiling:.0f} s")
                 bar.unpause()  # the clock of its speed

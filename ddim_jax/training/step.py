@@ -14,6 +14,7 @@ from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
+from ddim_jax.arrays import ArrayLike
 from ddim_jax.pictures.images import to_model
 from ddim_jax.process.gamma import find_gamma
 from ddim_jax.process.gaussian import coefficients
@@ -82,11 +83,14 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, num_updates: ArrayLike | None = None
+) -> optax.GradientTransformation:
     """Clipping by global norm, then Adam (Kingma & Ba 2015) with warm-up, and decay if asked.
 
     Args:
       config: its optimiser fields.
+      num_updates: in place of `config.num_updates`, over which the rate decays; may be traced.
 
     Returns:
       An optax transformation.
@@ -98,10 +102,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
       -0.5
     """
 
+    updates = config.num_updates if num_updates is None else num_updates
+
     def rate(count: jax.Array) -> jax.Array:
         warm = jnp.minimum((count + 1) / jnp.maximum(config.warmup_steps, 1), 1.0)
         if config.cosine_decay:
-            warm *= (1 + jnp.cos(jnp.pi * count / config.num_updates)) / 2
+            warm *= (1 + jnp.cos(jnp.pi * count / updates)) / 2
         return config.learning_rate * warm
 
     optimizer = optax.chain(
@@ -179,11 +185,12 @@ def make_train_step(
         are summed over all devices, and each device updates its own part.
 
     Returns:
-      Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}, loss=`DENOISING`) ->
-      (state, metrics). The given state is donated: do not use it again. metrics are scalars on the
-      device: "loss", "grad_norm" (before clipping) and "param_norm" (after the update). `loss` is a
-      `jax.tree_util.Partial`, whose arrays are arguments of the compiled step too: (denoise,
-      schedule, x_0, key, gamma, indices=…, labels=…) -> scalar, as `process.loss`.
+      Jitted (state, {"image": uint8 (B, H, W, C), "label": int32 (B,)}, loss=`DENOISING`,
+      num_updates=None) -> (state, metrics). The given state is donated: do not use it again.
+      metrics are scalars on the device: "loss", "grad_norm" (before clipping) and "param_norm"
+      (after the update). `loss` is a `jax.tree_util.Partial`, whose arrays are arguments of the
+      compiled step too: (denoise, schedule, x_0, key, gamma, indices=…, labels=…) -> scalar, as
+      `process.loss`; so is `num_updates`, see `make_optimizer`.
 
     Raises:
       ValueError: apply_fn says that it predicts something else than `config.prediction`; or as
@@ -201,7 +208,6 @@ def make_train_step(
       >>> int(state.step), sorted(metrics)
       (1, ['grad_norm', 'loss', 'param_norm'])
     """
-    optimizer = make_optimizer(config)
     parts, (prediction, gamma) = config.accumulate, objective(schedule, config)
     apply_fn = predicts(apply_fn, prediction, schedule=schedule)
 
@@ -237,8 +243,12 @@ def make_train_step(
         )
 
     def train_step(
-        state: TrainState, batch: Batch, loss: Partial = DENOISING
+        state: TrainState,
+        batch: Batch,
+        loss: Partial = DENOISING,
+        num_updates: ArrayLike | None = None,
     ) -> tuple[TrainState, Metrics]:
+        optimizer = make_optimizer(config, num_updates)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         loss_key, flip_key, label_key = jax.random.split(key, 3)
         x_0, label = to_model(batch["image"]), batch["label"]

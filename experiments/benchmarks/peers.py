@@ -1,33 +1,20 @@
-"""What the benchmarks beside PyTorch share: one network on both sides, turns, rates and memory.
+"""What the benchmarks beside PyTorch share: one network on both sides, rates and memory.
 
-All sides take turns within each round, so that a busy machine slows all; a ratio is the median over
-rounds of a side's time / ours (above 1: ours is faster), with the smallest and largest. GFLOP/s
-count the network's convolutions and products, whatever either library does to save some; beside
-them stands what each library's product of two large matrices reaches. Memory is that of a process
-that runs one side alone: on a CPU its peak resident size (Linux), and by how much the weights and
-the work raised it above the imports; on a GPU the allocator's peak. Compile time is that of the
-first call less the median. Sides that cannot run are named, with the reason.
+GFLOP/s count the network's convolutions and products, whatever either library does to save some;
+beside them stands what each library's product of two large matrices reaches.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.util
-import json
-import os
 import pathlib
 import re
-import shlex
+import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two libraries share a GPU
 
 import jax
 import jax.numpy as jnp
@@ -35,56 +22,23 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.networks.paper import PAPER
 from ddim_jax.networks.unet import abstract_params, build, make_apply
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.weights import to_facts
-from experiments.provenance import device, versions, write_json
 
-OURS = "ours"
+OURS, NETWORK = "ours", "network"
+EAGER, LAST = "eager", "eager, channels last"
+COMPILED, REDUCED = "torch.compile", "torch.compile, reduce-overhead"
+MODES = {COMPILED: "default", REDUCED: "reduce-overhead"}  # of torch.compile
 SMALL = UNetConfig(
     image_size=8, channels=32, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,)
 )
 Call = Callable[[], Any]
-Sides = dict[str, Call]
 
 
-def arguments(
-    doc: str, argv: Sequence[str] | None, others: Sequence[str], **defaults: int
-) -> argparse.Namespace:
-    """The common arguments; `on_gpu` says where JAX computes.
-
-    Args:
-      doc: of the script.
-      argv: words of the command line; those of this process by default.
-      others: names of the sides that are not ours.
-      **defaults: further numbers.
-    """
-    on_gpu = jax.default_backend() != "cpu"
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512] if on_gpu else [8])
-    parser.add_argument("--rounds", type=int, default=10 if on_gpu else 4)
-    dtypes = ("float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, default=dtypes[on_gpu])
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--compile-mode", default="default", help="of torch.compile")
-    parser.add_argument("--only", nargs="+", choices=others, help="of the other sides")
-    parser.add_argument("--small", action="store_true", help="a tiny network, to try the script")
-    parser.add_argument("--no-memory", action="store_true", help="start no further processes")
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures to this new file too")
-    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # SIDE FOLDER
-    args = parser.parse_args(argv)
-    if least := [n for n in ("rounds", *defaults) if getattr(args, n) < 1]:
-        parser.error(f"--{least[0]} must be at least 1")
-    if min(args.batch) < 1:
-        parser.error("--batch must be at least 1")
-    args.on_gpu, args.config = on_gpu, SMALL if args.small else PAPER["cifar10"]
-    if args.json and args.json.exists():
-        parser.error(f"{args.json} exists; choose another --json")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"there is no folder {args.json.parent} for --json; make it first")
-    return args
+def is_ours(side: str) -> bool:
+    """Whether JAX computes it: "ours", "ours, --xla_flag", "network"."""
+    return side.startswith((OURS, NETWORK))
 
 
 def random_model(config: UNetConfig) -> ddim.Model:
@@ -99,40 +53,44 @@ def random_model(config: UNetConfig) -> ddim.Model:
 
 
 def load_ours(folder: str, dtype: str) -> ddim.Model:
-    """The weights of a diffusers folder, computing in dtype."""
+    """The weights of a diffusers folder, computing in dtype, on the device."""
     model = ddim.load_model(folder)
     config = dataclasses.replace(model.config, dtype=dtype)
-    return model._replace(config=config, apply_fn=make_apply(config))
-
-
-def missing(*packages: str) -> str | None:
-    """Why the other sides cannot run, if so."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
-    import torch
-
-    if jax.default_backend() == "gpu" and not torch.cuda.is_available():
-        return "this PyTorch sees no GPU"
-    return None
+    params = jax.tree.map(jnp.asarray, model.params)
+    return model._replace(config=config, apply_fn=make_apply(config), params=params)
 
 
 def place(dtype: str = "float32") -> dict[str, Any]:
     """PyTorch's device and dtype."""
     import torch
 
-    return {
-        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
-        "dtype": getattr(torch, dtype),
-    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device, "dtype": getattr(torch, dtype)}
 
 
 def wait() -> None:
     """Until PyTorch's GPU has finished."""
     import torch
 
-    if jax.default_backend() == "gpu":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def wrapped(side: str, network: Any) -> Any:
+    """A PyTorch network, compiled if the side says so; RuntimeError where that cannot be."""
+    import torch
+
+    if side not in MODES:
+        return network
+    if not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise RuntimeError("no C++ compiler")
+    compiled = torch.compile(network, mode=MODES[side], dynamic=False)
+
+    def call(*args: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args)
+
+    return call
 
 
 def seconds(call: Call) -> float:
@@ -142,64 +100,9 @@ def seconds(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def spread(ratios: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-
-
-def race(sides: Mapping[str, Call], rounds: int, batch: int, flops: float) -> dict[str, Any]:
-    """Times of all sides in turns.
-
-    Args:
-      sides: name → a call that waits for its result; one is `OURS`.
-      rounds: after two calls of each, of which the first compiles.
-      batch: images in a call.
-      flops: of a call.
-
-    Returns:
-      {"sides": name → figures, "rounds": seconds, "first": what each side's first call returned}.
-    """
-    first: dict[str, Any] = {}
-    compiling: dict[str, float] = {}
-    for name, call in sides.items():
-        start = time.perf_counter()
-        first[name] = call()
-        compiling[name] = time.perf_counter() - start
-        call()
-    times = [{name: seconds(call) for name, call in sides.items()} for _ in range(rounds)]
-    table = {}
-    for name in sides:
-        middle = statistics.median(t[name] for t in times)
-        table[name] = {
-            "seconds": middle,
-            "images_per_second": batch / middle,
-            "gflops": flops / middle / 1e9,
-            "compile_seconds": max(0.0, compiling[name] - middle),
-            "time_over_ours": spread([t[name] / t[OURS] for t in times]),
-        }
-    return {"sides": table, "rounds": times, "first": first}
-
-
-def show(title: str, found: Mapping[str, Any]) -> None:
-    """One table as Markdown."""
-    print(f"\n| {title} | s | images/s | GFLOP/s | time / ours | compile s | MB | differs |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, row in found["sides"].items():
-        ratio, memory = row["time_over_ours"], row.get("memory_mb", {})
-        cells = [
-            name,
-            f"{row['seconds']:.4f}",
-            f"{row['images_per_second']:.4g}",
-            f"{row['gflops']:.0f}",
-            f"{ratio['median']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f})",
-            f"{row['compile_seconds']:.1f}",
-            " / ".join(f"{v:.0f}" for v in memory.values()),
-            f"{row['disagreement']:.1e}" if "disagreement" in row else "",
-        ]
-        print("| " + " | ".join(cells) + " |")
-    for name, why in found["not run"].items():
-        print(f"| {name} | not run: {why} |")
-    sys.stdout.flush()
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def network_flops(config: UNetConfig) -> float:
@@ -223,89 +126,50 @@ def network_flops(config: UNetConfig) -> float:
     return flops
 
 
-def matmul_rates(dtype: str) -> dict[str, float]:
-    """GFLOP/s of a product of two large random matrices: the median of 10, after one."""
-    n = 8192 if jax.default_backend() == "gpu" else 2048
+def limits(side: str, dtype: str, small: bool) -> Call:
+    """A call that returns FLOP/s of a product of two large random matrices, and a copy's bytes/s.
+
+    Bytes read and written count. Medians of ten, after two.
+    """
+    n = 256 if small else 8192
     a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
-    x, dot = jnp.asarray(a, dtype), jax.jit(jnp.dot)
-    calls: Sides = {"jax": lambda: dot(x, x).block_until_ready()}
-    if missing("torch") is None:
+    if is_ours(side):
+        x, dot, more = jnp.asarray(a, dtype), jax.jit(jnp.dot), jax.jit(lambda v: -v)
+        large = jnp.broadcast_to(x, (8, n, n)) + 0
+        product, copy = partial(dot, x, x), partial(more, large)
+        done = jax.block_until_ready
+    else:
         import torch
 
         y = torch.from_numpy(a).to(**place(dtype))
-        calls["torch"] = lambda: (y @ y, wait())
-    for call in calls.values():
-        call()
-    times = {name: statistics.median(seconds(f) for _ in range(10)) for name, f in calls.items()}
-    return {name: 2e-9 * n**3 / s for name, s in times.items()}
+        block, target = y.repeat(8, 1, 1), y.repeat(8, 1, 1)
+        product, copy = partial(torch.matmul, y, y), partial(target.copy_, block)
+        done = lambda result: wait()  # noqa: E731
+
+    def median(call: Call) -> float:
+        times = [seconds(lambda: done(call())) for _ in range(12)]
+        return statistics.median(times[2:])
+
+    size = 2 * 8 * n * n * jnp.dtype(dtype).itemsize
+    return lambda: {"flops_per_second": 2 * n**3 / median(product),
+                    "bytes_per_second": size / median(copy)}  # fmt: skip
 
 
-def memory_of(module: str, side: str, folder: str, batch: int, args: argparse.Namespace,
-              *words: str) -> dict[str, float]:  # fmt: skip
-    """MB, of a new process of the same benchmark that runs that side alone."""
-    words += ("--memory-of", side, folder, "--batch", str(batch), "--dtype", args.dtype)
-    words += ("--compile-mode", args.compile_mode) + ("--small",) * args.small
-    command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def resident() -> float:
+    """Peak MB of this process (Linux); ru_maxrss would begin with that of its parent."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
 
 
-def measure_memory(side: str, make: Callable[[], Call]) -> None:
-    """Prints what `memory_of` reads, within that process; `make` builds the side's call."""
-
-    def resident() -> float:  # ru_maxrss would begin with that of the process that started this one
-        found = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-        return int(found[1]) / 1024 if found else float("nan")
-
-    if side != OURS:
-        import torch
-        from diffusers import DDIMPipeline  # noqa: F401
-    before = resident()
-    make()()
-    if jax.default_backend() == "cpu":
-        found = {"peak": resident(), "above imports": resident() - before}
-    elif side == OURS:
-        found = {"peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20}
+def peak_memory(side: str, before: float) -> dict[str, float]:
+    """MB of this process: on a GPU the allocator's peak, else that of `resident`, and above it."""
+    if is_ours(side):
+        stats = jax.local_devices()[0].memory_stats() if jax.default_backend() == "gpu" else None
+        peak = stats and stats["peak_bytes_in_use"] / 2**20
     else:
-        found = {"peak": torch.cuda.max_memory_allocated() / 2**20}
-    print(json.dumps(found))
+        import torch
 
-
-def benchmark(
-    name: str, args: argparse.Namespace, measure: Callable[[str, int, float], Any], **settings: Any
-) -> None:
-    """Every batch, the matrix product, and the JSON file.
-
-    Args:
-      name: of the module.
-      args: from `arguments`.
-      measure: (diffusers folder, batch, FLOP of one image and network call) → figures.
-      **settings: what else the file should say.
-    """
-    flops = network_flops(args.config)
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", f"experiments.benchmarks.{name}", *sys.argv[1:]]),
-        "machine": device() | {"load": os.getloadavg()[0],
-                               "versions": versions("flax", "torch", "diffusers"),
-                               "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
-        "settings": {"model": args.config.facts(), "dtype": args.dtype, **settings,
-                     "rounds": args.rounds, "compile_mode": args.compile_mode,
-                     "flops_per_image_and_call": flops},
-        "batches": {},
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as parent:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{parent}/inductor"  # nothing compiled before
-        folder = f"{parent}/model"
-        ddim.save_diffusers(folder, random_model(args.config))
-        for batch in args.batch:
-            results["batches"][batch] = measure(folder, batch, flops)
-            if args.json:
-                write_json(args.json, results)  # so that a later failure loses nothing
-    results["matrix_product_gflops"] = rates = matmul_rates(args.dtype)
-    print("\nmatrix product, GFLOP/s:", ", ".join(f"{k} {v:.0f}" for k, v in rates.items()))
-    kind = results["machine"]["kind"]
-    print(f"{kind}, {args.dtype}" + ("" if args.on_gpu else "; not run on a GPU"))
-    if args.json:
-        write_json(args.json, results)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    if peak:
+        return {"peak": peak}
+    return {"peak": resident(), "above imports": resident() - before}

@@ -204,8 +204,10 @@ def subjects(preset: Preset, batch: int, steps: int, rounds: int) -> Iterator[Su
     yield Subject(name, lambda: drawing(params, x, plan), drawing.as_text(), steps * forward, steps)
 
 
-def table(subject: Subject, title: str, rounds: int, keep: pathlib.Path | None) -> dict[str, Any]:
-    """Prints the kinds, most first; returns them with the fifty dearest kernels."""
+def table(
+    subject: Subject, title: str, rounds: int, keep: pathlib.Path | None, before: dict[str, Any]
+) -> dict[str, Any]:
+    """Prints the kinds, most first, beside an earlier table's; with the fifty dearest kernels."""
     kernels, span, gaps = record(subject.call, rounds, keep and keep.with_suffix(".xplane.pb"))
     if keep:
         write_whole(keep.with_suffix(".hlo.txt"), subject.program.encode())
@@ -215,10 +217,13 @@ def table(subject: Subject, title: str, rounds: int, keep: pathlib.Path | None) 
         kinds[kind_of(kernel, names)] += kernel.seconds
     kinds["gaps"] = gaps
     speed = subject.flops * rounds / span
-    print(f"\n{title}: {each * span:.2f} ms each, {speed / 1e12:.0f} TFLOP/s")
-    print("| kind | ms | share |\n|---|---|---|")
+    then = f" (before: {before['ms']:.2f} ms)" if before else ""
+    print(f"\n{title}: {each * span:.2f} ms each{then}, {speed / 1e12:.0f} TFLOP/s\n")
+    print("| kind | ms | share |" + " before |" * bool(before))
+    print("|---|---|---|" + "---|" * bool(before))
     for kind, seconds in kinds.most_common():
-        print(f"| {kind} | {each * seconds:.2f} | {seconds / span:.1%} |")
+        then = f" {before.get('kinds', {}).get(kind, 0.0):.2f} |" if before else ""
+        print(f"| {kind} | {each * seconds:.2f} | {seconds / span:.1%} |{then}")
     return {
         "title": title,
         "ms": each * span,
@@ -240,8 +245,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--before", type=pathlib.Path, help="an earlier --json, to set beside it")
     parser.add_argument("--keep", type=pathlib.Path, help="a folder for traces and programs")
     args = parser.parse_args(argv)
+    old = json.loads(args.before.read_text())["tables"] if args.before else []
+    earlier = {one["title"]: one for one in old}
     preset = PRESETS[args.preset]()
     preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, dtype=args.dtype))
     results = []
@@ -250,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             title = f"{subject.name}, {args.preset}, batch {batch}, {args.dtype}"
             keep = args.keep and args.keep / re.sub(r"\W+", "-", title)
             rounds = 1 if subject.parts == args.rounds else args.rounds
-            results.append(table(subject, title, rounds, keep))
+            results.append(table(subject, title, rounds, keep, earlier.get(title, {})))
     kind = jax.devices()[0].device_kind
     peak = parallel.peak_flops(kind)
     print(f"\n{kind}, jax {jax.__version__}; peak {(peak or 0) / 1e12:.0f} TFLOP/s")
