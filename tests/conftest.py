@@ -96,6 +96,7 @@ def pytest_runtest_call(item):
 LONG_PAGES = {
     "discrete.md",
     "evaluation.md",
+    "extending.md",
     "guidance.md",
     "how-do-i.md",
     "latents.md",

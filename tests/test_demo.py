@@ -29,6 +29,7 @@ def test_the_shipped_model_is_good():
     assert score(300, steps=20) <= 0.8
 
 
+@pytest.mark.slow
 def test_four_calls_of_the_distilled_model_are_as_good():
     """DDIM of its teacher scores 1.5, with 2,000 samples and a quadratic τ."""
     assert load_model("digits-4").tau.tolist() == [250, 500, 750, 1000]

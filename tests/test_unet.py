@@ -10,7 +10,7 @@ import pytest
 from ddim_jax.networks.blocks import GroupNorm, upsample
 from ddim_jax.networks.blocks import timestep_embedding as embed
 from ddim_jax.networks.flops import _jaxprs
-from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params
+from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params, make_apply
 from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)
@@ -316,6 +316,22 @@ def test_bfloat16_is_close_and_gives_float32(tiny):
     results = [line.split("=")[0] for line in text.splitlines() if "conv_general_dilated[" in line]
     assert len(results) > 10
     assert all(":bf16[" in result for result in results)
+
+
+def test_it_is_traced_once_for_all_programs():
+    apply_fn, x, t = make_apply(TINY), images(), np.array([3, 900])
+    assert make_apply(dataclasses.replace(TINY)) is apply_fn
+
+    def network(scale):
+        program = jax.make_jaxpr(lambda params: scale * apply_fn(params, x, t))
+        (found,) = [
+            equation.params["jaxpr"]
+            for equation in program(abstract_params(TINY)).eqns
+            if equation.params.get("name") == "network"
+        ]
+        return found
+
+    assert network(2) is network(3)
 
 
 def test_dropout_follows_its_key(tiny, key):
