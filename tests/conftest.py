@@ -96,6 +96,7 @@ def pytest_runtest_call(item):
 LONG_PAGES = {
     "discrete.md",
     "evaluation.md",
+    "extending.md",
     "guidance.md",
     "how-do-i.md",
     "latents.md",
@@ -117,6 +118,20 @@ def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache"
     )
+
+
+@pytest.fixture(scope="session")
+def one_trace():
+    """Runs and batches that differ in no program share it."""
+    from ddim_jax.generation import drawing
+    from ddim_jax.training import feeding, loop
+    from tests.tiny import shared_draw, shared_train_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", shared_train_step)
+        patch.setattr(feeding, "make_steps", functools.cache(feeding.make_steps))
+        patch.setattr(drawing, "make_draw", shared_draw)
+        yield
 
 
 MODULES = itertools.count(1)

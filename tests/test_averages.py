@@ -12,7 +12,7 @@ from ddim_jax.training import averages, fit
 from ddim_jax.training.averages import SIGMA_RELS, exponent, weights_of
 from tests.tiny import SCHEDULE, affine, affine_params, make_config, make_dataset
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 
 
 def profile(sigma_rel, n, length):

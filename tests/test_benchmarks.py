@@ -175,6 +175,7 @@ def test_operations_are_those_that_xla_counts():
     assert peers.network_flops(PAPER["cifar10"]) == pytest.approx(11.62e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_parallel_beside_sample(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "network", lambda *_: 1.0)  # spares compiling it three times
     path = tmp_path / "parallel.json"

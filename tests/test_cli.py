@@ -29,6 +29,9 @@ from ddim_jax.weights import load_model, save_model, to_facts
 from ddim_jax.weights.state_dict import to_state_dict
 from tests import torch_writer
 from tests.test_diffusers_format import write_folder
+from tests.tiny import unet_model
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 @pytest.fixture
@@ -480,7 +483,7 @@ def test_names_of_the_users_own(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     said = command("train digits --dry-run --data.name its_own:squares")
     assert "100 images" in said
-    ddim.save_model("m.safetensors", tiny())
+    ddim.save_model("m.safetensors", unet_model())
     command("sample m.safetensors --steps 3 --num-images 2 --method its_own:early --out a.png")
     with Image.open("a.png") as image:
         assert json.loads(image.text["ddim_jax"])["method"] == "its_own:early"
@@ -566,23 +569,6 @@ def test_data_commands(command):
         command("data prepare")
 
 
-def tiny(prediction="eps", image_size=8, in_channels=1, channels=32, num_classes=None):
-    """A network of random weights."""
-    config = unet.UNetConfig(
-        *(image_size, in_channels, channels, (1,)),
-        num_blocks=1,
-        attention_resolutions=(),
-        dropout=0.0,
-        num_classes=num_classes,
-    )
-    apply_fn, params = unet.build(config, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
-    schedule = ddim.ScheduleConfig("cosine")
-    facts = to_facts(schedule, config, prediction)
-    return ddim.Model(ddim.predicts(apply_fn, prediction), params, schedule.build(), config, facts)
-
-
 def drawn_by(model, count):
     """What the commands are to draw, seed 0, S = 3, η = 0."""
     key = jax.random.split(jax.random.key(0))[0]
@@ -596,7 +582,7 @@ def differ_by_rounding(a, b):
 
 @pytest.mark.parametrize("prediction", [pytest.param("x_0", marks=pytest.mark.slow), "v"])
 def test_every_command_knows_what_the_network_predicts(command, tmp_path, prediction):
-    model = tiny(prediction)
+    model = unet_model(prediction)
     ddim.save_model("m.safetensors", model)
     command("export m.safetensors folder --diffusers")
     command("export folder again.safetensors")
@@ -628,7 +614,7 @@ def test_cifar10_is_compared_with_what_ships(command, tmp_path):
 
 
 def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
-    model = tiny("v")
+    model = unet_model("v")
     (tmp_path / "m.ckpt").write_bytes(torch_writer.saved(to_state_dict(model.params)))
     with pytest.raises(SystemExit, match="neither the image size nor the noise schedule"):
         command("info m.ckpt")
@@ -644,7 +630,7 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path):
-    model = tiny(channels=64, num_classes=3)  # in groups of one channel a label would be lost
+    model = unet_model(channels=64, num_classes=3)  # in groups of one channel a label would be lost
     model.params["label_embedding"] *= 10  # or random weights hardly see it
     ddim.save_model("m.safetensors", model)
     drawing = "m.safetensors --num-images 4 --steps 3"
@@ -687,16 +673,16 @@ def test_a_model_of_classes_draws_the_class_that_is_asked_for(command, tmp_path)
 
 
 def test_oblong_pictures_and_those_that_are_none(command, tmp_path):
-    ddim.save_model("oblong.safetensors", tiny(image_size=(8, 16)))
+    ddim.save_model("oblong.safetensors", unet_model(image_size=(8, 16)))
     command("sample oblong.safetensors --num-images 1 --steps 2 --out d.png")
     with Image.open("d.png") as image:
         assert image.size == (16 * 8 + 2, 8 * 8 + 2)
     command("generate oblong.safetensors --out many --num-images 2 --steps 2")
     assert next(iter_shards("many")).shape == (2, 8, 16, 1)
-    (tmp_path / "m.ckpt").write_bytes(torch_writer.saved(to_state_dict(tiny().params)))
+    (tmp_path / "m.ckpt").write_bytes(torch_writer.saved(to_state_dict(unet_model().params)))
     said = command("info m.ckpt --image-size 8 16 --schedule linear")
     assert "image_size: (8, 16)" in said
-    ddim.save_model("four.safetensors", tiny(in_channels=4))
+    ddim.save_model("four.safetensors", unet_model(in_channels=4))
     with pytest.raises(SystemExit, match="images of 4 channels are no PNG"):
         command("sample four.safetensors")
     (tmp_path / "file").write_text("x")

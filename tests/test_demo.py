@@ -14,6 +14,8 @@ from ddim_jax.training.run_folder import read_metrics
 from ddim_jax.weights import load_model
 from tests.conftest import on_one_device
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 def score(num_images, steps, name="digits"):
     """Pixel-space Fréchet distance of a shipped model's samples, η = 0, linear τ."""
@@ -27,6 +29,7 @@ def test_the_shipped_model_is_good():
     assert score(300, steps=20) <= 0.8
 
 
+@pytest.mark.slow
 def test_four_calls_of_the_distilled_model_are_as_good():
     """DDIM of its teacher scores 1.5, with 2,000 samples and a quadratic τ."""
     assert load_model("digits-4").tau.tolist() == [250, 500, 750, 1000]

@@ -37,7 +37,7 @@ from tests.tiny import (
     make_dataset,
 )
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 T = 1000
 LINEAR = ddim.linear_schedule(T)
 MEAN, STD = 0.3, 0.5  # of the Gaussian data

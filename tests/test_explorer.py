@@ -26,6 +26,7 @@ from ddim_jax.weights import save_model, to_facts
 from tests import browser
 from tests.conftest import on_one_device
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 STEPS, ETAS, PLACES, IMAGES, SEED = (2, 5), (0.0, 1.0), 3, 2, 7
 
 

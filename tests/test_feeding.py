@@ -14,6 +14,8 @@ from ddim_jax.training.step import DENOISING, TrainState
 from ddim_jax.training.summary import read_metrics
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config, make_dataset
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 MANY = {"steps_per_call": 4, "data_on_device": True, "log_every": 4}
 
 
@@ -30,8 +32,15 @@ def plain(tmp_path_factory):
     return run(tmp_path_factory.mktemp("plain"), changes={"sample_every": 0, "flip": True})
 
 
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("most", [2, 4])
+@pytest.mark.parametrize(
+    ("most", "resident"),
+    [
+        (4, True),
+        (2, False),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
+)
 def test_calls_of_many_updates_make_the_same_run(tmp_path, plain, resident, most):
     changes = {**MANY, "data_on_device": resident, "steps_per_call": most, "sample_every": 0}
     state = run(tmp_path, changes={**changes, "flip": True})

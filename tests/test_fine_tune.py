@@ -20,7 +20,7 @@ from ddim_jax.weights import load_model, to_facts
 from ddim_jax.weights.saving import save_diffusers
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config, make_dataset
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 PLAIN = UNetConfig((4, 8), 1, 32, (1,), num_blocks=1, attention_resolutions=())
 TEN = ScheduleConfig("cosine", 10)
 

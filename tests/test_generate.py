@@ -23,7 +23,9 @@ from ddim_jax.generation.shards import generate, iter_shards
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.sampling.methods import find_method
+from tests.tiny import unet_model
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 SHAPE = (4, 4, 1)
 CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective|reduce-scatter|ragged|send|recv"
@@ -57,8 +59,9 @@ def draw(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return ddim.load_model("digits")
+def network():
+    """A U-Net of 8×8 pixels."""
+    return unet_model("v")
 
 
 def images(folder):
@@ -99,12 +102,12 @@ def test_of_a_linear_network_they_are_a_multiple_of_x_T(draw, spacing, tau, seed
     [{"eta": 0.5}, {"method": "ddpm-large", "clip": True}, {"method": "pf-euler"}],
     ids=str,
 )
-def test_they_are_those_of_a_plain_sampler(digits, draw, options):
+def test_they_are_those_of_a_plain_sampler(network, draw, options):
     folder = draw(
-        model=digits, num_images=12, steps=3, seed=7, devices=jax.devices()[:2], **options
+        model=network, num_images=12, steps=3, seed=7, devices=jax.devices()[:2], **options
     )
     key, noise_key = jax.random.split(jax.random.key(7))
-    model = ddim.predicts(digits, x0_fn=ddim.clip_x0()) if "clip" in options else digits
+    model = ddim.predicts(network, x0_fn=ddim.clip_x0()) if "clip" in options else network
     method = find_method(options.get("method", "ddim"), options.get("eta", 0.0))
     noise_key = None if "pf-euler" in options.values() else noise_key
     sampler = ddim.make_sampler(model, [333, 666, 1000], method=method)
@@ -115,10 +118,17 @@ def test_they_are_those_of_a_plain_sampler(digits, draw, options):
     assert differs.mean() < 0.01
 
 
-def test_the_number_of_devices_changes_no_bit(digits, draw):
+def test_the_number_of_devices_changes_no_bit(network, draw):
     folders = [
         draw(
-            f"on {n}", digits, 24, 2, eta=1.0, batch_size=4, shard_size=8, devices=jax.devices()[:n]
+            f"on {n}",
+            network,
+            24,
+            2,
+            eta=1.0,
+            batch_size=4,
+            shard_size=8,
+            devices=jax.devices()[:n],
         )
         for n in (1, 2, 8)
     ]
@@ -127,9 +137,9 @@ def test_the_number_of_devices_changes_no_bit(digits, draw):
         assert contents(folder) == contents(folders[0])
 
 
-def test_the_batch_size_changes_rounding_alone(digits, draw):
+def test_the_batch_size_changes_rounding_alone(network, draw):
     a, b = (
-        images(draw(f"by {size}", digits, 120, 4, batch_size=size, shard_size=120)).astype(int)
+        images(draw(f"by {size}", network, 120, 4, batch_size=size, shard_size=120)).astype(int)
         for size in (8, 15)
     )
     assert np.abs(a - b).max() <= 1
@@ -228,11 +238,11 @@ def hlo(function, *args):
     return function.lower(*args).compile().as_text()
 
 
-def test_the_compiled_sampler_has_no_collective(digits):
+def test_the_compiled_sampler_has_no_collective(network):
     mesh = Mesh(np.array(jax.devices()), ("images",))
-    function = make_draw(digits, mesh, ddim.timesteps(1000, 3), find_method("ddpm"))
+    function = make_draw(network, mesh, ddim.timesteps(1000, 3), find_method("ddpm"))
     keys = jax.random.split(jax.random.key(0))
-    text = hlo(function, digits.params, keys, np.arange(32, dtype=np.uint32), *[None] * 3)
+    text = hlo(function, network.params, keys, np.arange(32, dtype=np.uint32), *[None] * 3)
     assert "num_partitions=8" in text
     assert "f32[4,8,8,1]" in text  # a slice of 4 images on each of the 8
     assert "f32[32,8,8,1]" not in text
@@ -346,9 +356,9 @@ def test_finished_shards_are_left_alone_and_missing_ones_drawn(draw):
         assert {n: (folder / n).stat().st_mtime_ns for n in stamps} == stamps
 
 
-def test_a_folder_grows_by_the_images_that_one_call_would_have_drawn(digits, draw):
+def test_a_folder_grows_by_the_images_that_one_call_would_have_drawn(network, draw):
     """21 images in shards of 4, then 29, then 30: ragged shards stay as they are."""
-    options = {"model": digits, "steps": 2, "eta": 1.0}
+    options = {"model": network, "steps": 2, "eta": 1.0}
     folder = draw("grown", num_images=21, **options)
     before = contents(folder)
     (folder / "images-00005.npy").unlink()  # was not finished either

@@ -38,15 +38,9 @@ from tests.tiny import (
     assert_same,
     make_config,
     make_dataset,
-    shared_train_step,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_trace():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", shared_train_step)
-        yield
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def train(directory, config=None, **options):
@@ -475,7 +469,7 @@ def test_a_run_longer_than_asked_for_is_an_error(tmp_path):
         train(tmp_path, make_config(num_updates=4), resume="must")
 
 
-def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch, one_device):
     from tensorboardX.record_writer import RecordWriter
 
     written = []
@@ -511,7 +505,7 @@ def sometimes_nan(params, x, t, dropout_key=None):
     return params["w"] * x + params["b"] + jnp.where(bad, jnp.nan, 0.0)
 
 
-def test_updates_that_are_not_finite_are_skipped_by_choice_and_counted(tmp_path):
+def test_updates_that_are_not_finite_are_skipped_by_choice_and_counted(tmp_path, one_device):
     config = make_config(skip_nonfinite=True, log_every=1, num_updates=16)
     arguments = (affine_params(), SCHEDULE, make_dataset())
     seen = []
@@ -531,7 +525,7 @@ def test_updates_that_are_not_finite_are_skipped_by_choice_and_counted(tmp_path)
             tmp_path / "b", progress=False)  # fmt: skip
 
 
-def test_a_run_that_would_skip_everything_stops(tmp_path):
+def test_a_run_that_would_skip_everything_stops(tmp_path, one_device):
     def always_nan(params, x, t, dropout_key=None):
         return params["w"] * x * jnp.nan
 
@@ -541,7 +535,7 @@ def test_a_run_that_would_skip_everything_stops(tmp_path):
         fit(*arguments, tmp_path, progress=False)
 
 
-def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch):
+def test_skipped_updates_in_a_row_are_counted_across_lines(tmp_path, monkeypatch, one_device):
     monkeypatch.setattr(collecting, "MAX_SKIPPED", 5)
 
     def late_nan(params, x, t, dropout_key=None):

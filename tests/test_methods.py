@@ -13,6 +13,7 @@ import ddim_jax as ddim
 from ddim_jax.process import oracle
 from ddim_jax.sampling.methods import LEARNED, METHODS, find_method
 from tests import reference
+from tests.tiny import padded
 
 SCHEDULE = ddim.linear_schedule(1000)
 A = reference.alpha_bar_linear()
@@ -46,13 +47,13 @@ def as_kind(kind):
 
 @functools.cache
 def drawn_with(denoise):
-    """`sample` by any plan at TAU: one program for all plans of a memory length."""
+    """`sample` by any plan at TAU: one program for all plans that remember the same."""
     run = jax.jit(
         lambda x_T, keys, plan: ddim.sample(
             denoise, x_T, SCHEDULE, plan.t[::-1], key=keys, method=lambda *_: plan
         )
     )
-    return lambda name, x_T, keys: run(x_T, keys, find_method(name)(SCHEDULE, TAU))
+    return lambda name, x_T, keys: run(x_T, keys, padded(find_method(name)(SCHEDULE, TAU)))
 
 
 @EVERY
@@ -99,7 +100,7 @@ def test_every_kind_of_prediction_draws_the_same(name):
 
 @functools.cache
 def path_program():
-    """`trajectory` for all plans of a memory length, and the t that it says it kept."""
+    """`trajectory` for all plans that remember the same, and the t that it says it kept."""
     visited = []
 
     @jax.jit
@@ -116,7 +117,7 @@ def path_program():
 def test_trajectory_is_sample(name):
     x_T, method = ddim.initial_noise(KEY, 4, (3,)), find_method(name)
     run, t = path_program()
-    kept = run(x_T, KEY, method(SCHEDULE, TAU))
+    kept = run(x_T, KEY, padded(method(SCHEDULE, TAU)))
     np.testing.assert_allclose(kept.sample, drawn_with(EXACT)(name, x_T, KEY), rtol=1e-6, atol=1e-6)
     assert t == TAU[::3][::-1].tolist()
 

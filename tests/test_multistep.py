@@ -154,7 +154,7 @@ def digits():
 
     data = load_digits().images[::4].astype(np.float32)[..., None] / 8 - 1
     denoise = oracle.empirical(SCHEDULE, data)
-    x_T = ddim.initial_noise(jax.random.key(0), 384, (8, 8, 1))
+    x_T = ddim.initial_noise(jax.random.key(0), 96, (8, 8, 1))
     fine = ddim.multistep_sample(denoise, x_T, SCHEDULE, ddim.timesteps(1000, 200), 3)
     return denoise, x_T, fine
 

@@ -19,6 +19,8 @@ from ddim_jax.storage.checkpoint import restore_config
 from ddim_jax.training import DataConfig, fit
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_config
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 NUMBER, BATCH = 60, 16
 
 

@@ -141,6 +141,13 @@ def collectives(compiled):
     return {match[1] for match in re.finditer(COLLECTIVES, compiled.as_text())}
 
 
+def moved(compiled, kind=COLLECTIVES):
+    """The shapes that devices have of one another."""
+    found = re.findall(rf" = (.*) {kind}", compiled.as_text())
+    shapes = re.findall(r"\[([\d,]*)\]\{", " ".join(match[0] for match in found))
+    return {tuple(map(int, filter(None, shape.split(",")))) for shape in shapes}
+
+
 def test_the_step_talks_as_expected_and_the_sampler_not_at_all():
     def compiled(mesh):
         step = make_step(mesh, TRAIN)
@@ -149,9 +156,12 @@ def test_the_step_talks_as_expected_and_the_sampler_not_at_all():
 
     assert collectives(compiled(make_mesh(1))) == set()
     assert collectives(compiled(make_mesh(8))) == {"all-reduce"}
-    with_fsdp = collectives(compiled(make_mesh(4, 2)))
-    assert {"all-reduce", "all-gather"} <= with_fsdp
-    assert "all-to-all" not in with_fsdp
+    # Parameters are gathered where they are used. Each image stays on its device, with all that
+    # the network makes of it: (n, 8, 8, c), as no parameter is.
+    with_fsdp = compiled(make_mesh(4, 2))
+    assert "all-reduce" in collectives(with_fsdp)
+    assert {leaf.shape for leaf in network()[1].values()} <= moved(with_fsdp, "(all-gather)")
+    assert not any(shape.count(8) > 1 for shape in moved(with_fsdp))
 
     mesh = make_mesh(8)
     apply_fn, params = network()

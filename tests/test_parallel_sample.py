@@ -16,6 +16,7 @@ from ddim_jax.process import oracle
 from ddim_jax.sampling import METHODS, find_method, parallel_sample
 from ddim_jax.sampling.methods import LEARNED
 from ddim_jax.sampling.plan import step_noise
+from tests.tiny import padded
 
 SCHEDULE = ddim.linear_schedule(1000)
 KEY = jax.random.key(3)
@@ -35,7 +36,7 @@ def wavy(x, t):
 
 @cache
 def parallel(denoise, steps, window):
-    """One program for all plans of a memory length, all tolerances and all x_T."""
+    """One program for all plans that remember the same, all tolerances and all x_T."""
     tau = ddim.timesteps(1000, steps)
 
     @jax.jit
@@ -45,14 +46,14 @@ def parallel(denoise, steps, window):
             denoise, x_T, SCHEDULE, tau, key=KEY, method=given, window=window, tolerance=tolerance
         )
 
-    return lambda x_T, method, tolerance: draw(x_T, method(SCHEDULE, tau), tolerance)
+    return lambda x_T, method, tolerance: draw(x_T, padded(method(SCHEDULE, tau)), tolerance)
 
 
 @cache
 def in_turn(denoise, steps):
     run = jax.jit(lambda x, p: ddim.sample(denoise, x, SCHEDULE, p.t[::-1], key=KEY,
                                            method=lambda *_: p))  # fmt: skip
-    return lambda x_T, method: run(x_T, method(SCHEDULE, ddim.timesteps(1000, steps)))
+    return lambda x_T, method: run(x_T, padded(method(SCHEDULE, ddim.timesteps(1000, steps))))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from ddim_jax.pictures.images import grid, to_uint8
 from ddim_jax.sampling import find_method
 from ddim_jax.weights import to_facts
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 NAMES = ["cat", "polar bear", "7"]
 DRAWING = "m.safetensors --num-images 5 --steps 3 --batch-size 2"
 

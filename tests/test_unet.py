@@ -9,7 +9,8 @@ import pytest
 
 from ddim_jax.networks.blocks import GroupNorm, upsample
 from ddim_jax.networks.blocks import timestep_embedding as embed
-from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params
+from ddim_jax.networks.flops import _jaxprs
+from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params, make_apply
 from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)
@@ -317,6 +318,22 @@ def test_bfloat16_is_close_and_gives_float32(tiny):
     assert all(":bf16[" in result for result in results)
 
 
+def test_it_is_traced_once_for_all_programs():
+    apply_fn, x, t = make_apply(TINY), images(), np.array([3, 900])
+    assert make_apply(dataclasses.replace(TINY)) is apply_fn
+
+    def network(scale):
+        program = jax.make_jaxpr(lambda params: scale * apply_fn(params, x, t))
+        (found,) = [
+            equation.params["jaxpr"]
+            for equation in program(abstract_params(TINY)).eqns
+            if equation.params.get("name") == "network"
+        ]
+        return found
+
+    assert network(2) is network(3)
+
+
 def test_dropout_follows_its_key(tiny, key):
     apply_fn, params = tiny
     x, t = images(), jnp.array([3, 900])
@@ -355,6 +372,15 @@ def test_dropout_drops_its_rate_scales_the_rest_and_differs_between_blocks():
     assert abs((one & two).mean() - 0.49) < 4 * np.sqrt(0.49 * 0.51 / one.size)
 
 
+def convolutions(jaxpr):
+    """How many run, those of a program that is called twice counted twice."""
+    return sum(
+        e.primitive.name == "conv_general_dilated"
+        or sum(convolutions(inner) for value in e.params.values() for inner in _jaxprs(value))
+        for e in jaxpr.eqns
+    )
+
+
 def test_remat_recomputes_and_changes_neither_output_nor_gradient(key):
     config = dataclasses.replace(TINY, multipliers=(1,), attention_resolutions=())
     params = perturbed(abstract_params(config))
@@ -368,8 +394,7 @@ def test_remat_recomputes_and_changes_neither_output_nor_gradient(key):
             return (eps**2).mean(), eps
 
         traced = jax.jit(jax.grad(loss, has_aux=True)).trace(params)
-        convolutions = str(traced.jaxpr).count("conv_general_dilated[")
-        return traced.lower().compile()(params), convolutions
+        return traced.lower().compile()(params), convolutions(traced.jaxpr)
 
     ((plain, eps), few), ((remat, again), many) = run(False), run(True)
     assert many >= few + 5  # the first convolution of each of five residual blocks

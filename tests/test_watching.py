@@ -18,7 +18,7 @@ from ddim_jax.training.run_folder import Preempted, read_metrics
 from tests import tiny
 from tests.tiny import SCHEDULE, affine, affine_params, assert_same, make_dataset
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 
 
 def make_config(**changes):

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ddim_jax as ddim
 from ddim_jax.data import Dataset
-from ddim_jax.networks.unet import UNetConfig
+from ddim_jax.generation.drawing import make_draw
+from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.schedule import schedule_from_betas
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.step import make_train_step
+from ddim_jax.weights import to_facts
 
 SCHEDULE = schedule_from_betas(np.linspace(0.01, 0.3, 10))
 UNET = UNetConfig(
@@ -40,6 +43,23 @@ def make_config(**changes):
     return TrainConfig(**{**small, "warmup_steps": 5, "learning_rate": 0.01, **changes})
 
 
+def unet_model(prediction="eps", image_size=8, in_channels=1, channels=32, num_classes=None):
+    """A U-Net of random weights."""
+    config = UNetConfig(
+        *(image_size, in_channels, channels, (1,)),
+        num_blocks=1,
+        attention_resolutions=(),
+        dropout=0.0,
+        num_classes=num_classes,
+    )
+    apply_fn, params = build(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + rng.normal(0, 0.02, p.shape).astype(np.float32), params)
+    schedule = ddim.ScheduleConfig("cosine")
+    facts = to_facts(schedule, config, prediction)
+    return ddim.Model(ddim.predicts(apply_fn, prediction), params, schedule.build(), config, facts)
+
+
 def make_batch(size, seed=0, shape=(4, 4, 1)):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (size, *shape), np.uint8)
@@ -63,12 +83,34 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-STEPS = {}
+def padded(plan, memory=4):
+    """The plan in the program of the longest memory: what it lacks is summed with weight 0."""
+    if plan.weights is None:
+        return plan
+    corrects = np.zeros_like(plan.weights) if plan.corrects is None else plan.corrects
+    more = ((0, 0), (0, memory - plan.weights.shape[1]))
+    pair = (np.pad(table, more) for table in (plan.weights, corrects))
+    return dataclasses.replace(plan, **dict(zip(("weights", "corrects"), pair)))
+
+
+DRAWS, STEPS = {}, {}
+
+
+def shared_draw(model, mesh, tau, method, *, clip=False, keep=None):
+    """`make_draw`, traced once for all that differ in no more than weights, seed and numbers."""
+    plan, kept = method(model.schedule, tau), None if keep is None else keep.tobytes()
+    tables = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((plan, model.schedule))]
+    key = (model.apply_fn, model.config, mesh, jax.tree.structure(plan), *tables, clip, kept)
+    if key not in DRAWS:
+        DRAWS[key] = make_draw(model, mesh, tau, method, clip=clip, keep=keep)
+    return DRAWS[key]
 
 
 def shared_train_step(apply_fn, schedule, config, num_classes=None, mesh=None):
     """`make_train_step`, traced once for all runs that differ only in what the step never sees."""
     unseen = {"log_every": 1, "checkpoint_every": 1, "sample_every": 0, "keep": 1}
+    unseen |= {"num_threads": 1, "num_workers": 0, "data_on_device": None, "steps_per_call": None}
+    unseen |= {"batch_size": config.accumulate, "fsdp": 1, "post_hoc": False}
     unseen |= {} if config.cosine_decay else {"num_updates": 1}
     same = dataclasses.replace(config, **unseen)
     key = (apply_fn, np.asarray(schedule.log_alpha_bar).tobytes(), same, num_classes, mesh)

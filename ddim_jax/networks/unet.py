@@ -140,8 +140,8 @@ class UNet(nnx.Module):
         keys = (None if dropout_key is None else fold(dropout_key, i) for i in numbers)
 
         def run(block: Any, *parts: jax.Array) -> jax.Array:
-            called = jax.checkpoint(block.__call__) if self.config.remat else block
-            return called(parts, temb, next(keys))
+            called = jax.checkpoint(_block) if self.config.remat else _block
+            return called(block, parts, temb, next(keys))
 
         return run
 
@@ -164,6 +164,12 @@ class UNet(nnx.Module):
             h = self.mid["attn_1"](h) if "attn_1" in self.mid else h
             h = residual(self.mid["block_2"], h)
         return skips, h
+
+
+@jax.jit
+def _block(block: Any, *args: Any) -> jax.Array:
+    """Traced and written down once for all blocks of the same shapes, in whatever program."""
+    return block(*args)
 
 
 @functools.cache
@@ -224,6 +230,7 @@ def _init(abstract: Params, key: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(initial, abstract)
 
 
+@functools.cache
 def make_apply(config: UNetConfig) -> Callable[..., jax.Array]:
     """The network as a pure function, without weights: `apply_fn` of `build`.
 
@@ -241,6 +248,10 @@ def make_apply(config: UNetConfig) -> Callable[..., jax.Array]:
     """
     graphdef, abstract = _split(config)
 
+    @jax.jit  # traced once for all programs that it is part of
+    def network(params: Params, *args: Any) -> jax.Array:
+        return nnx.merge(graphdef, params)(*args)
+
     def apply_fn(
         params: Params,
         x: jax.Array,
@@ -252,7 +263,7 @@ def make_apply(config: UNetConfig) -> Callable[..., jax.Array]:
         x, t, labels = check_inputs(config, x, t, labels)
         if jnp.issubdtype(t.dtype, jnp.integer):
             t = t.astype(jnp.int32)
-        return nnx.merge(graphdef, params)(x, t - 1, dropout_key, labels)
+        return network(params, x, t - 1, dropout_key, labels)
 
     return apply_fn
 
