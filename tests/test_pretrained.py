@@ -293,6 +293,9 @@ def test_the_shipped_colours():
     assert model.label_names == tuple(names.split())
     assert set(demo.CLASSES) <= set(names.split())
     assert (SHIPPED / "cifar10-small.safetensors").stat().st_size < 12e6
+    student = load_model("cifar10-small-4")
+    assert student.tau.tolist() == [250, 500, 750, 1000]
+    assert (student.config, student.label_names) == (model.config, model.label_names)
 
 
 # Bad files and arguments: what is in the file, options of load_model, what the message says.

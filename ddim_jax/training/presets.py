@@ -223,9 +223,10 @@ def cifar10_small() -> Preset:
     """CIFAR-10 with its classes, 5.6 M parameters: the model that ships as `cifar10-small`.
 
     Command: `ddim-jax train cifar10-small --data-dir DIR --model.dtype bfloat16`. Hardware: one
-    large GPU; an H200 makes 11,100 images/s, of 6.7 M. Score: of 100 images at S = 20 a ResNet-56,
-    right about 93.4 % of the test images, sees 76 ± 4 % as the class asked for, 97 ± 2 % with
-    guidance 2.
+    large GPU; 7 minutes on one H200 in bfloat16, 17,400 images/s, and one to compile. Score,
+    FD-ResNet56 of 10,000 samples: 1.74 ± 0.04 at S = 20, 1.39 at S = 50, η = 0. Of 100 images at
+    S = 20 a ResNet-56, right about 93.4 % of the test images, sees 76 ± 4 % as the class asked for,
+    97 ± 2 % with guidance 2.
     """
     return Preset(
         "cifar10-small",

@@ -58,8 +58,8 @@ def load_model(
 
     Args:
       source: a model that ships with the package, "cifar10-small", in colour and with classes, or
-        "digits", with classes "digits-labels", distilled to four calls "digits-4"; a run folder of
-        `ddim-jax train`; a weights file of `save_model`; a diffusers folder (`UNet2DModel`, or a
+        "digits", with classes "digits-labels", each distilled to four calls, "cifar10-small-4" and
+        "digits-4"; a run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder (`UNet2DModel`, or a
         pipeline with one); or a PyTorch checkpoint or .safetensors file of Ho et al.'s network by
         the names of the DDIM authors, of diffusers or of OpenAI, a state dict or one in the dicts
         and lists that training programs put it in; or, where there is no such path, "org/name" on
