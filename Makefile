@@ -1,4 +1,4 @@
-# make demo   train on the bundled digits and draw: demo/index.html
+# make demo   train on the bundled digits and draw, and in colour: demo/index.html
 # make test   every test that takes seconds, and the linters; the same examples everywhere
 # make test-all   the long tests and pages too, and fresh examples from a SEED that it draws and prints
 # make docs   the site, strictly: site/index.html
@@ -10,9 +10,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= demo
 RESULTS ?= results
-MODEL  ?= digits
+MODEL  ?= cifar10-small
 SEED   := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
-PAPER  := table1 table2 fig3 fig4 fig5 fig6 solvers
 
 .PHONY: demo paper test test-all lint format docs wheel constraints clean
 .DELETE_ON_ERROR:
@@ -22,11 +21,7 @@ demo: $(VENV)/.train
 
 # Killed and called again, it goes on; finished experiments only write their results anew.
 paper: $(VENV)/.train
-	set -e; for name in $(PAPER); do \
-	  $(BIN)/python -m experiments.$$name --model $(MODEL) --or-not-run --out $(RESULTS)/$$name; done
-	$(BIN)/python -m experiments.discrete --out $(RESULTS)/discrete
-	$(BIN)/python -m experiments.table3 --out $(RESULTS)/table3
-	$(BIN)/python -m experiments.report $(RESULTS)
+	$(BIN)/python -m experiments.paper --model $(MODEL) --out $(RESULTS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

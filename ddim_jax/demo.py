@@ -1,4 +1,4 @@
-"""The demo: train on the bundled digits, draw with few steps, and say how good it is."""
+"""The demo: train on the bundled digits, draw in few steps, say how good it is; then in colour."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ddim_jax.arrays import image_keys
 from ddim_jax.data import Dataset, load
 from ddim_jax.evaluation import frechet_distance, moments
-from ddim_jax.generation.exploring import explore, of_dataset, page_of, walker
+from ddim_jax.generation.condition import class_numbers
+from ddim_jax.generation.exploring import explore, num_calls, page_of, walker
 from ddim_jax.networks.unet import build, count_params
 from ddim_jax.pictures import plots
 from ddim_jax.pictures.explorer import Exploration
@@ -32,8 +33,12 @@ STEPS = (10, 20, 50)
 ETAS = (0.0, 1.0)
 CHUNK = 100  # images in one call of the sampler
 SHOWN = 36  # images in a panel
-EXPLORED = 5  # images of the explorer, at
-PLACES = 3  # places on their paths
+COLOUR = "cifar10-small"  # which ships, draws
+CLASSES = ("horse", "ship", "automobile", "bird")  # in
+COLOUR_SEED = 3  # whose pictures are clear: the third of six that were looked at
+COLOUR_STEPS = (5, 10, 20)  # steps, at
+PLACES = 3  # places on the path between two x_T of each
+KINDS = {0.0: "DDIM, η = 0", 1.0: "DDPM, η = 1"}
 Cells = dict[tuple[float, int], np.ndarray]  # (η, S) → (n, H, W, C), pixels in [−1, 1]
 
 
@@ -95,7 +100,8 @@ def run(
     say(f"sampling {len(STEPS) * len(ETAS)} × {num_images} digits")
     model = load_model(run_folder)
     cells = draw_cells(model, num_images)
-    explored = _explored(model, dataset)
+    say(f"drawing in colour with {COLOUR}, which ships: {', '.join(CLASSES)}")
+    colour, explored = _explored()
     scores = {cell: score(images, dataset) for cell, images in cells.items()}
     floor = floor_of(dataset, num_images)
     results = {
@@ -114,9 +120,9 @@ def run(
     drawn = {name: plots.png_bytes(figure) for name, figure in pictures.items()}
     for name, png in drawn.items():
         write_whole(out / name, png)
-    write_whole(out / "explorer.html", page_of(model, "the demo's network", explored).encode())
+    write_whole(out / "explorer.html", page_of(colour, COLOUR, explored).encode())
     write_whole(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    html = _page(out, dataset, cells, scores, results, drawn)
+    html = _page(out, dataset, cells, scores, results, explored, drawn)
     write_whole(page, html.encode())  # last: it is finished
     return page
 
@@ -185,10 +191,35 @@ def _trajectory(explored: Exploration) -> plots.Figure:
     return plots.trajectory_strip(path.t[:-1], x_t, x_0)
 
 
-def _explored(model: Model, dataset: Dataset) -> Exploration:
-    originals = of_dataset(model, dataset, EXPLORED)
-    names = [""] * EXPLORED
-    return explore(model, names, originals=originals, steps=STEPS, num_positions=PLACES)
+def _explored() -> tuple[Model, Exploration]:
+    """The model that ships, and what it draws."""
+    model = load_model(COLOUR)
+    numbers = class_numbers(CLASSES, model.config.num_classes, model.label_names)
+    labels = np.array(numbers, np.int32)
+    with tqdm(total=num_calls(COLOUR_STEPS, ETAS, PLACES), unit="call") as bar:
+        return model, explore(
+            model,
+            CLASSES,
+            labels,
+            steps=COLOUR_STEPS,
+            etas=ETAS,
+            num_positions=PLACES,
+            seed=COLOUR_SEED,
+            update=bar.update,
+        )
+
+
+def _colour_panels(explored: Exploration) -> list[tuple[np.ndarray, str]]:
+    """What each η and S drew: a row for each place, a column for each class."""
+    columns = len(explored.names)
+    return [
+        (
+            grid(path.x_0[i, :, :, -1].reshape(-1, *path.x_0.shape[-3:]), columns, gap=2, scale=4),
+            f"{KINDS[eta]}, S = {count}",
+        )
+        for count, path in zip(explored.steps, explored.paths)
+        for i, eta in enumerate(explored.etas)
+    ]
 
 
 def _page(
@@ -197,43 +228,48 @@ def _page(
     cells: Cells,
     scores: dict[tuple[float, int], float],
     results: dict,
+    explored: Exploration,
     pictures: dict[str, bytes],
 ) -> str:
     train, count, floor = results["train"], results["num_images"], results["frechet_pixels_real"]
-    kinds = {0.0: "DDIM, η = 0", 1.0: "DDPM, η = 1"}
     panels = [
         (
             grid(cells[eta, s][:SHOWN], gap=6, scale=4),
-            f"{kinds[eta]}, S = {s}: {scores[eta, s]:.2f}",
+            f"{KINDS[eta]}, S = {s}: {scores[eta, s]:.2f}",
         )
         for s in STEPS
         for eta in ETAS
     ]
     panels.append((grid(_pixels(dataset)[:SHOWN], gap=6, scale=4), f"Real digits: {floor:.2f}"))
-    rows = [[kinds[eta], *(f"{scores[eta, s]:.3f}" for s in STEPS), f"{floor:.3f}"] for eta in ETAS]
+    rows = [[KINDS[eta], *(f"{scores[eta, s]:.3f}" for s in STEPS), f"{floor:.3f}"] for eta in ETAS]
     best = min(scores.values())
     return plots.page(
-        "DDIM in JAX: digits in 10, 20 and 50 steps",
+        "DDIM in JAX: images in 5 to 50 steps",
         [
-            f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_updates']:,} steps of "
-            f"{train['batch_size']} images on this machine, then drew {count:,} digits for each "
-            f"number of steps S and each η: {results['seconds']:.0f} seconds, training "
-            f"{results['training_seconds']:.0f} of them. Every panel starts from the same x_T: "
-            "at η = 0 the same latents give the same digits whatever S is.</p>",
+            f"<p>{COLOUR}, a network that ships with the package, draws {', '.join(CLASSES)}. "
+            "Every panel starts from the same x_T: at η = 0 the same latents give the same images "
+            "whatever S is, the number of steps. Down each column the way goes from one x_T to "
+            "another.</p>",
+            plots.panels_html(_colour_panels(explored), rows=len(ETAS), smooth=True),
             '<p><a href="explorer.html"><b>Open the explorer</b></a>: sliders for S, η, the path '
-            "between two x_T and t, and real digits encoded and decoded.</p>",
+            "between two x_T and t, and images encoded and decoded.</p>",
+            plots.figure_html(
+                pictures["trajectory.png"],
+                f"From noise to image: x_t and the prediction x̂_0 on the way down, η = 0, "
+                f"S = {COLOUR_STEPS[-1]}.",
+            ),
+            "<h2>Digits, learned here</h2>",
+            f"<p>A U-Net learned scikit-learn's 8×8 digits for {train['num_updates']:,} steps of "
+            f"{train['batch_size']} images on this machine, then drew {count:,} digits for each S "
+            f"and η. All of this page took {results['seconds']:.0f} seconds, training "
+            f"{results['training_seconds']:.0f} of them.</p>",
             plots.panels_html(panels, rows=len(ETAS)),
-            "<h2>Fréchet distance in pixel space</h2>",
+            "<h2>Fréchet distance of the digits in pixel space</h2>",
             plots.table_html(["", *(f"S = {s}" for s in STEPS), "real"], rows),
             f"<p>Each figure is of {count:,} images against all {len(dataset):,} digits, in 64 "
             f"dimensions with pixels in [−1, 1]; less is better. {count:,} digits picked at random "
             f"from the real ones score {floor:.3f}: so many samples from a perfect model would "
             f"too. The best here is {best:.3f}.</p>",
-            "<h2>From noise to digit</h2>",
-            plots.figure_html(
-                pictures["trajectory.png"],
-                f"x_t and the prediction x̂_0 on the way down, η = 0, S = {STEPS[-1]}.",
-            ),
             "<h2>Training</h2>",
             plots.figure_html(
                 pictures["loss.png"], "The mean squared error of what the network predicts."
@@ -241,7 +277,10 @@ def _page(
             "<h2>Next</h2>",
             plots.commands_html(
                 {
-                    f"ddim-jax sample {out}/run --steps 20": "more digits of this network, a PNG",
+                    f"ddim-jax sample {COLOUR} --label {CLASSES[0]} --num-images 16 --steps 20": (
+                        "more in colour, a PNG"
+                    ),
+                    f"ddim-jax explore {out}/run": "sliders for the digits of the demo's network",
                     "ddim-jax train digits": "twice the training, and better: runs/digits",
                     f"ddim-jax info {out}/run": "the loss, the checkpoints and their health",
                 }

@@ -66,7 +66,8 @@ def parse(
     parser.add_argument("--data-dir", help="where TFDS data lie; by default $DDIM_JAX_DATA")
     if "extractor" not in without:
         parser.add_argument(
-            "--extractor", default="pixels", help="pixels, resnet56:PATH, inception:PATH"
+            "--extractor",
+            help="pixels, resnet56, inception:PATH; by default resnet56 for CIFAR-10, else pixels",
         )
     if "spacing" not in without:
         parser.add_argument(
@@ -76,7 +77,9 @@ def parse(
     parser.add_argument("--batch-size", type=int, default=100, help="images at a time")
     parser.add_argument("--seconds", type=int, help="begin no further batch after so long")
     parser.add_argument(
-        "--or-not-run", action="store_true", help="where the data are not at hand, say so and end"
+        "--or-not-run",
+        action="store_true",
+        help="where the data are not at hand, do what can be done without them, or say so and end",
     )
     parser.add_argument("--full", action="store_true", help="the paper's sizes as defaults")
     full = {**small, **(full or {})}

@@ -1,6 +1,6 @@
 """The paper's tables and figures for one CIFAR-10 model on one GPU, the most valuable first.
 
-    python -m experiments.cifar10 --model FILE --data-dir DIR --extractor resnet56:FILE \\
+    python -m experiments.cifar10 --model FILE --data-dir DIR --extractor resnet56 \\
         --out results/cifar10 [--seconds 560]
 
 One process, so that each network is compiled once. A killed run, or one that --seconds ended,
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser(prog="python -m experiments.cifar10", description=__doc__)
     parser.add_argument("--model", required=True, help="of CIFAR-10, for `ddim_jax.load_model`")
     parser.add_argument("--data-dir", help="where TFDS data lie; by default $DDIM_JAX_DATA")
-    parser.add_argument("--extractor", required=True, help="resnet56:PATH, or inception:PATH")
+    parser.add_argument("--extractor", default="resnet56", help="that, or inception:PATH")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/cifar10"))
     parser.add_argument("--seconds", type=int, help="begin no further batch after so long")
     parser.add_argument("--only", nargs="+", choices=[part.folder for part in PARTS])

@@ -161,7 +161,7 @@ def fig6(cells: Mapping[str, Any]) -> list[Claim]:
         ),
         compare(
             "the middle of a path is nearer to the data than the mean of its two end images",
-            [("all paths", Value(*near["middle"]), Value(*near["pixel mean"]))],
+            [("all paths", Value(*near["middle"]), Value(*near["pixel mean"]))] if near else [],
         ),
     ]
 

@@ -82,17 +82,23 @@ class Experiment(Judge):
         return dataset
 
     def without_data(self) -> Cell | None:
-        """With --or-not-run, where the data are not at hand: a `result.json` that says so."""
-        if not self.args.or_not_run:
+        """With --or-not-run, where nothing of the data is at hand: a `result.json` that says so."""
+        if not self.args.or_not_run or self.at_hand or self.shipped:
             return None
-        try:
-            self.data_config.load(self.args.data_dir)
-        except (ValueError, ImportError) as error:
-            if isinstance(error, ValueError) and not str(error).startswith("no data set"):
-                raise
-            reason = f"{self.data_config.name}, its data, is not at hand"
-            return not_run(self.name, self.args, reason)
-        return None
+        reason = f"{self.data_config.name}, its data, is not at hand"
+        return not_run(self.name, self.args, reason)
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Of the data."""
+        return self.shipped.facts["data"] if self.shipped else dict(self.dataset.provenance)
+
+    @functools.cached_property
+    def against(self) -> str:
+        """What samples are compared with, in words."""
+        number = self.shipped.moments.size if self.shipped else len(self.dataset)
+        ships = ", by the statistics that ship" if self.shipped else ""
+        return f"{number:,} images of {self.provenance['name']}{ships}"
 
     @functools.cached_property
     def spacing(self) -> str:
@@ -164,7 +170,7 @@ class Experiment(Judge):
             self.tau(steps)
         more |= {"model": digest(self.model), "spacing": self.spacing}
         if data:
-            more |= {"data": self.dataset.provenance}
+            more |= {"data": self.provenance} | ({"reference": "ships"} if self.shipped else {})
         if data and "extractor" in self.args:
             more |= {"extractor": [self.extractor.name, self.extractor.digest]}
         self.begin(**more)

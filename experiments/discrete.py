@@ -75,12 +75,13 @@ class Binarise:
 def main(argv: Sequence[str] | None = None) -> Cell:
     """Trains, samples and scores."""
     args = parse("discrete", __doc__.splitlines()[0], argv, SMALL, FULL, **HELP)
-    if args.model or args.config or args.extractor != "pixels":
+    if args.model or args.config or args.extractor not in (None, "pixels"):
         raise ValueError("discrete trains its own network, and compares pixels: no --model, "
                          "--config or --extractor")  # fmt: skip
     name = args.data or "digits"
     if name not in ("digits", "mnist"):
         raise ValueError(f"--data must be digits or mnist here, got {name!r}")
+    args.extractor = "pixels"
     experiment = Experiment("discrete", args)
     experiment.dataset = data.load(name, data_dir=args.data_dir, transform=Binarise())
     experiment.begin(data=experiment.dataset.provenance)

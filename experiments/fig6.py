@@ -4,7 +4,8 @@
 
 Each row decodes slerp(x_T, x_T', w), w = 0..1, at η = 0. Smooth: no step between neighbours is as
 long as the way from end to end. Meaningful: the middle is as near to some image of the data as
-drawn images are, and nearer than the mean of the two end images is.
+drawn images are, and nearer than the mean of the two end images is; with --or-not-run not told
+where no data are at hand.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> Cell:
                          f"{args.steps}, {args.points} and {args.paths}")  # fmt: skip
     args.shown = min(args.shown, args.paths)
     experiment = Experiment("fig6", args)
-    if lacking := experiment.without_data():
-        return lacking
-    experiment.begin_with_model()
+    known = experiment.at_hand or not args.or_not_run
+    experiment.begin_with_model(data=known)
     paths: list[np.ndarray] = []
 
     def measure() -> Cell:
         paths.append(decode(experiment))
+        if not known:
+            return measures(paths[0], None)
         data = experiment.dataset
         chosen = np.random.default_rng(0).permutation(len(data))[:AGAINST]
         return measures(paths[0], np.asarray(to_model(data.take(chosen)["image"])))
@@ -73,19 +75,24 @@ def decode(experiment: Experiment) -> np.ndarray:
     plan, devices = ddim.ddim()(model.schedule, tau), len(jax.local_devices())
     size = min(args.batch_size, -(-len(latents) // devices)) * devices
     latents = jnp.resize(latents, (-(-len(latents) // size) * size, *model.image_shape))
-    unused: Cell = {
-        "key": jax.random.key(0),
-        "numbers": np.zeros(size, np.uint32),
-    }  # no noise is added
+    numbers = np.resize(np.repeat(np.arange(args.paths), args.points), len(latents))
     starts = range(0, len(latents), size)
-    parts = [experiment.stepper.run(latents[i : i + size], plan, **unused) for i in starts]
+    parts = [
+        experiment.stepper.run(
+            latents[i : i + size],
+            plan,
+            key=jax.random.key(0),  # no noise is added
+            numbers=numbers[i : i + size].astype(np.uint32),  # of K classes path i has the i-th
+        )
+        for i in starts
+    ]
     drawn = np.asarray(to_uint8(jnp.concatenate(parts)))
     images = np.asarray(to_model(drawn[: args.paths * args.points]))
     return images.reshape(args.paths, args.points, *model.image_shape)
 
 
-def measures(paths: np.ndarray, data: np.ndarray) -> Cell:
-    """RMS lengths of the paths' steps, and distances to the nearest image of the data."""
+def measures(paths: np.ndarray, data: np.ndarray | None) -> Cell:
+    """RMS lengths of the paths' steps, and distances to the nearest image of the data, if any."""
     whole = _rms(paths[:, 0] - paths[:, -1])
     steps = _rms(paths[:, 1:] - paths[:, :-1])
     middle = paths[:, paths.shape[1] // 2]
@@ -101,8 +108,8 @@ def measures(paths: np.ndarray, data: np.ndarray) -> Cell:
         "rms_step": float(steps.mean()),
         "rms_largest_step": float(steps.max(axis=1).mean()),
         "smooth_share": float((steps.max(axis=1) < whole).mean()),
-        "nearest": {k: mean_se(_nearest(v, data)) for k, v in sets.items()},
-        "data_images": len(data),
+        "nearest": {} if data is None else {k: mean_se(_nearest(v, data)) for k, v in sets.items()},
+        "data_images": 0 if data is None else len(data),
     }
 
 

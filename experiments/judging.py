@@ -13,6 +13,7 @@ from ddim_jax.data import Dataset
 from ddim_jax.data.reader import CACHE_BYTES
 from ddim_jax.evaluation import (
     Extractor,
+    Moments,
     Reference,
     evaluate,
     features,
@@ -20,7 +21,9 @@ from ddim_jax.evaluation import (
     moments,
     parse_extractor,
     reference_statistics,
+    shipped_reference,
 )
+from ddim_jax.training.presets import DataConfig
 
 Cell = dict[str, Any]
 
@@ -29,17 +32,39 @@ class Judge:
     """The part of an `Experiment` that scores: its extractor, and the statistics of its data."""
 
     args: argparse.Namespace
+    data_config: DataConfig
     dataset: Dataset
     cell: Callable[[str, Callable[[], Cell]], Cell]
 
     @functools.cached_property
+    def at_hand(self) -> bool:
+        """Whether the data are."""
+        return self.data_config.at_hand(self.args.data_dir)
+
+    @functools.cached_property
     def extractor(self) -> Extractor:
-        """What `--extractor` names."""
-        return parse_extractor(self.args.extractor)()
+        """What `--extractor` names; by default the ResNet-56 for CIFAR-10, else pixels."""
+        name = self.args.extractor or ("resnet56" if self._is_cifar10 else "pixels")
+        return parse_extractor(name)()
+
+    @property
+    def _is_cifar10(self) -> bool:
+        """As it is, neither cut nor resized."""
+        data = self.data_config
+        return data == DataConfig(data.name, data.split) and data.name.split(":")[0] == "cifar10"
+
+    @functools.cached_property
+    def shipped(self) -> Reference | None:
+        """The statistics that ship, where the data are not at hand, and they are of them."""
+        if "extractor" not in self.args or not self._is_cifar10 or self.at_hand:
+            return None
+        return shipped_reference("cifar10", self.data_config.split, self.extractor)
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """Statistics of the data, computed once for the folder."""
+        """Statistics of the data: those that ship, or computed once for the folder."""
+        if self.shipped:
+            return self.shipped
         if not (self.args.out / "reference.npz").exists():
             self._decode()
         return reference_statistics(
@@ -80,10 +105,14 @@ class Judge:
         """What real images score at `number`, on which the distance depends.
 
         Half against half: min(number, N/2) random images of the odd-numbered half of the data,
-        against all of the even-numbered one.
+        against all of the even-numbered one. Where the data are not at hand, some of them against
+        all, by the features that ship.
         """
 
         def compute() -> Cell:
+            if self.shipped:
+                some = self.shipped.features[:number]
+                return self._floor(some, self.shipped.moments)
             self._decode()
             rng = np.random.default_rng(self.args.seed)
             even, odd = np.arange(0, len(self.dataset), 2), np.arange(1, len(self.dataset), 2)
@@ -94,11 +123,14 @@ class Judge:
                 )))
                 for half in (some, even)
             )  # fmt: skip
-            value, se = frechet_jackknife(x, moments(y), jackknife_blocks(len(x)))
-            name = self.extractor.frechet_name
-            return {"name": name, "distance": value, "se": se, "num_images": len(x)}
+            return self._floor(x, moments(y))
 
         return self.cell(f"floor-n{number}", compute)
+
+    def _floor(self, x: np.ndarray, against: Moments) -> Cell:
+        value, se = frechet_jackknife(x, against, jackknife_blocks(len(x)))
+        name = self.extractor.frechet_name
+        return {"name": name, "distance": value, "se": se, "num_images": len(x)}
 
     def _decode(self) -> None:
         """Decodes data that fit in memory, by several threads; they are kept there."""

@@ -76,7 +76,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         "rows and columns. A comparison <b>holds</b> if it exceeds two standard errors, and is "
         "<b>within error</b> if neither it nor its opposite does.</p>",
         "<h2>Which of the orderings hold</h2>",
-        plots.table_html(["claim", "where", "verdict", "detail"], _all_claims(results)),
+        plots.table_html(["claim", "where", "verdict", "detail"], _all_claims(results), True),
     ]
     for name, title in SECTIONS.items():
         body.append(f"<h2>{html.escape(title)}</h2>")
@@ -168,7 +168,7 @@ def _distance_rows(result: dict[str, Any], steps: list[int], counts: dict[int, i
     floors = {f["num_images"]: _pm(f["distance"], f["se"]) for f in result["floors"]}
     nearest = [min(floors, key=lambda n: abs(n - counts[s])) for s in steps]
     return [
-        ["real half against half", *(f"{floors[n]} (n = {n:,})" for n in nearest)],
+        ["real images", *(f"{floors[n]} (n = {n:,})" for n in nearest)],
         ["samples n", *(f"{counts[s]:,}" for s in steps)],
     ]
 

@@ -62,11 +62,11 @@ def table(experiment: Experiment) -> Cell:
         series,
         "network calls S",
         name,
-        horizontal={f"real halves, n = {f['num_images']:,}": f["distance"] for f in floors},
+        horizontal={f"real images, n = {f['num_images']:,}": f["distance"] for f in floors},
     )
     caption = (
-        f"{name} of samples ({sizes(counts)}) against {len(experiment.dataset):,} images of "
-        f"{experiment.dataset.name}, {experiment.spacing} τ{', x̂_0 clipped' * args.clip}; bars are "
+        f"{name} of samples ({sizes(counts)}) against {experiment.against}, "
+        f"{experiment.spacing} τ{', x̂_0 clipped' * args.clip}; bars are "
         f"one standard error (jackknife, {jackknife_blocks(min(counts.values()))} blocks). The "
         "distance depends on the number of samples: compare columns of equal numbers, with the "
         "floor of that number."

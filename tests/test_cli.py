@@ -600,6 +600,19 @@ def test_every_command_knows_what_the_network_predicts(command, tmp_path, predic
     assert "(12 samples)" in command("evaluate many --data digits --blocks 0")
 
 
+def test_cifar10_is_compared_with_what_ships(command, tmp_path):
+    """The data are not there; of classes of it nothing ships."""
+    ddim.save_model("m.safetensors", tiny("v", image_size=32, in_channels=3, num_classes=10))
+    command("generate m.safetensors --out many --num-images 4 --steps 1 --labels all")
+    line = "evaluate many --data cifar10 --extractor resnet56 --blocks 2"
+    said = command(line)
+    assert "the data are not at hand: compared with the statistics that ship\nFD-ResNet56" in said
+    assert "(4 samples)" in said
+    for more in ("--label 3", "--split test", "--resize 32"):
+        with pytest.raises(SystemExit, match="no data set 'cifar10'"):
+            command(f"{line.replace('--blocks 2', '--blocks 0')} {more}")
+
+
 def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
     model = unet_model("v")
     (tmp_path / "m.ckpt").write_bytes(torch_writer.saved(to_state_dict(model.params)))

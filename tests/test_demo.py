@@ -60,6 +60,9 @@ def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
     with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "STEPS", (2, 3))
+        patch.setattr(demo, "COLOUR_STEPS", (2, 3))
+        patch.setattr(demo, "COLOUR", "digits-labels")
+        patch.setattr(demo, "CLASSES", ("3", "7", "8"))
         patch.setattr(demo, "digits", lambda: dataclasses.replace(preset, model=small))
         demo.run(out, num_updates=3, num_images=12, say=said.append)
     return out, small, said
@@ -77,7 +80,7 @@ def test_demo_makes_its_page(made):
         "run",
     }
     text = (out / "index.html").read_text()
-    assert text.count("data:image/png;base64,") == 2 * 2 + 1 + 2  # panels, real digits, figures
+    assert text.count("data:image/png;base64,") == 2 * 2 + 1 + 2 * 2 + 2  # and real digits, figures
     assert re.findall(r"(?:src|href)=\"(?!data:)(.*?)\"", text) == ["explorer.html"]
     results = (out / "results.json").read_text()
     assert str(out.parent) not in results
@@ -91,7 +94,8 @@ def test_demo_makes_its_page(made):
     assert read_metrics(out / "run" / "metrics.jsonl")[-1]["step"] == 3
     with pytest.raises(FileExistsError, match="finished demo"):
         demo.run(out)
-    assert len(commands(out)) == 3
+    assert len(commands(out)) == 4
+    assert "drawn beforehand by digits-labels" in (out / "explorer.html").read_text()
 
 
 def commands(out):
@@ -102,11 +106,12 @@ def commands(out):
 def test_the_next_commands_run(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(made[0], "demo")
-    for command in commands(made[0]):  # as typed, but that training would take minutes
+    for command in commands(made[0]):  # as typed, but that some would take minutes
         dry = ["--dry-run"] if command.startswith("train") else []
+        dry += ["--steps", "2"] if command.startswith("explore") else []
         monkeypatch.setattr("sys.argv", ["ddim-jax", *command.split(), *dry])
         main()
-    assert len(list(tmp_path.glob("*.png"))) == 1
+    assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.html"))) == 1
 
 
 def test_demo_refuses_a_folder_of_something_else(tmp_path):

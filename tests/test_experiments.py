@@ -1,6 +1,7 @@
 """Every experiment, run small: numbers against independent ones, resuming, refusing, the page."""
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -19,7 +20,7 @@ from PIL import Image
 import ddim_jax as ddim
 from ddim_jax.data import load
 from ddim_jax.networks import unet
-from ddim_jax.pictures.images import to_uint8
+from ddim_jax.pictures.images import to_model, to_uint8
 from ddim_jax.sampling.clipping import clip_x0
 from ddim_jax.sampling.plan import with_memory
 from ddim_jax.training.presets import PRESETS
@@ -38,6 +39,7 @@ from experiments import (
     markdown,
     objectives,
     on_device,
+    paper,
     paper_numbers,
     pipeline,
     provenance,
@@ -372,12 +374,79 @@ def test_a_table_that_ends_early_says_what_it_lacks(tmp_path, monkeypatch):
     assert not cifar10.is_whole(tmp_path / "a", ["--steps", "3", *words[2:]])
 
 
-@pytest.mark.parametrize("main", [table1.main, table2.main, fig6.main])
-def test_without_its_data_a_table_may_be_not_run(tmp_path, main):
-    words = ["--data", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="no data set 'mnist'"):
-        main(words)
-    assert main([*words, "--or-not-run"])["reason"] == "mnist, its data, is not at hand"
+@pytest.fixture
+def without(tmp_path):
+    """Words of an experiment whose data are not at hand; without --or-not-run that is an error."""
+
+    def words(main, text=""):
+        words = ["--data", "mnist", "--data-dir", str(tmp_path), *text.split()]
+        words += ["--out", str(tmp_path / "out")]
+        with pytest.raises(ValueError, match="no data set 'mnist'"):
+            main(words)
+        return [*words, "--or-not-run"]
+
+    return words
+
+
+def test_without_its_data_a_table_may_be_not_run(without):
+    said = table1.main(without(table1.main))["reason"]
+    assert said == "mnist, its data, is not at hand"
+
+
+def test_without_data_table2_encodes_what_the_model_draws(without):
+    words = "--steps 2 --num-images 4 --batch-size 4 --exact-steps 0 --reach-steps 0"
+    words += " --exact-samples 2 --reach-samples 2"
+    found = table2.main(without(table2.main, words))
+    assert "images of the model itself, as no data are at hand (drawn; 4 each" in found["caption"]
+    model, tau = ddim.load_model("digits"), ddim.timesteps(1000, 2)
+    x_T = ddim.initial_noise(jax.random.split(jax.random.key(1))[0], 4, model.image_shape)
+    x_0 = ddim.make_sampler(model, ddim.timesteps(1000, 50))(x_T)
+    x_0 = to_model(to_uint8(x_0))
+    back = ddim.reconstruct(model.denoise, x_0, model.schedule, tau)
+    error = ddim.reconstruction_error(x_0, back).mean()  # a grey level errs by 1e-5 at most
+    np.testing.assert_allclose(found["cells"][0]["error"], error, rtol=1e-2)
+
+
+def test_without_data_figure_6_measures_the_paths_alone(without):
+    words = "--steps 2 --paths 2 --points 3 --batch-size 6"
+    found = fig6.main(without(fig6.main, words))["cells"]
+    assert (found["nearest"], found["paths"]) == ({}, 2)
+    assert [c.verdict for c in claims.fig6(found)][1] == claims.NOT_RUN
+    assert report.TABLES["fig6"]({"cells": found})
+
+
+def test_cifar10_is_judged_without_it(tmp_path):
+    """By the statistics that ship; other data, features or a cut have none."""
+    words = ["--data", "cifar10", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+
+    def judge(*more):
+        return common.Experiment("table1", arguments.parse("table1", "", [*words, *more], {}))
+
+    here = judge()
+    assert (here.extractor.frechet_name, here.at_hand) == ("FD-ResNet56", False)
+    assert here.against == "50,000 images of cifar10/3.0.2, by the statistics that ship"
+    here.args.out.mkdir()
+    x, whole = here.reference.features[:500], here.reference.moments
+    mean = ((x.mean(0) - whole.mean) ** 2).sum()
+    a, b = np.cov(x.T), whole.covariance
+    distance = mean + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert here.floor(500)["distance"] == pytest.approx(distance, rel=1e-4)
+    assert judge("--extractor", "pixels").shipped is None
+    cut = judge()
+    cut.data_config = dataclasses.replace(cut.data_config, resize=32)
+    assert (cut.shipped, cut.extractor.name) == (None, "pixels")
+
+
+def test_the_parts_of_the_paper_are_taken(monkeypatch):
+    """Their words are those of the experiment; nothing is run."""
+    seen = []
+    parts = {name: words for name, words in paper.PARTS.items() if name != "table3"}  # has no model
+    for name, words in parts.items():
+        module = importlib.import_module(f"experiments.{name}")
+        monkeypatch.setattr(module, "Experiment", lambda name, args: seen.append(name) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module.main([*f"{words} {paper.BATCH}".split(), "--or-not-run"])
+    assert seen == list(parts)
 
 
 def test_one_step_serves_every_plan():
@@ -465,7 +534,7 @@ def test_not_run_makes_way_for_a_run(tmp_path):
         (["--num-images", "many"], "takes a number N"),
         (["--num-images", "10=100"], "takes a number N"),
         (["--extractor", "vgg"], "must be pixels"),
-        (["--extractor", "resnet56"], "must be pixels"),
+        (["--extractor", "inception"], "must be pixels"),
         (["--spacing", "cubic"], "unknown spacing"),
         (["--steps", "1001"], "S <= T"),
         (["--model", "no-such-model"], "no model"),

@@ -161,7 +161,7 @@ def test_a_sheet_has_room_for_so_many():
 def test_refusals_come_before_the_work(options, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
-        explore(Source(), **options)
+        explore(Source(), **({"model": "digits"} | options))
     assert not list(tmp_path.iterdir())
 
 

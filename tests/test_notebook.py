@@ -20,8 +20,9 @@ import ddim_jax as ddim
 PATH = pathlib.Path(__file__).parents[1] / "experiments" / "ddim_colab.ipynb"
 NOTEBOOK = json.loads(PATH.read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-PICTURES = {"sample", "eta", "trajectory", "slerp", "grid", "reconstruct", "rebuilt"}
-TEXTS = {"sample", "weights", "reconstruct", "invert"}
+PICTURES = {"sample", "eta", "trajectory", "slerp", "grid", "reconstruct", "rebuilt", "colour"}
+PICTURES |= {"guidance"}
+TEXTS = {"sample", "weights", "reconstruct", "invert", "colour"}
 
 
 def stand_in(**names):
@@ -150,11 +151,24 @@ def test_exact_inverse_decodes_to_the_data(ran):
 
 
 @pytest.mark.slow
+def test_classes_and_guidance_act_on_the_same_latents(ran):
+    v, printed, _ = ran
+    assert printed["colour"].split() == list(v.colour.label_names)
+    assert v.in_colour.shape == (20, 32, 32, 3)
+    plain, *strong = (np.asarray(images) for images in v.guided)
+    np.testing.assert_allclose(plain, v.in_colour[:10], atol=1e-2)  # w = 1, by another program
+    off = [np.sqrt(np.mean((images - plain) ** 2)) for images in strong]
+    assert 0.02 < off[0] < off[1]
+    rms = np.sqrt(np.mean((np.asarray(v.in_colour[:9]) - np.asarray(v.in_colour[1:10])) ** 2))
+    assert rms > 0.05  # of one latent, class after class
+
+
+@pytest.mark.slow
 def test_stored_outputs_are_those_of_this_code(ran):
     """Numbers printed when the notebook was stored and now, but for times and for chance."""
     _, printed, _ = ran
     for cell in CODE:
-        if cell["id"] in {"weights", "reconstruct"}:
+        if cell["id"] in {"weights", "reconstruct", "colour"}:
             stored = "".join(t for o in cell["outputs"] for t in o.get("text", []))
             assert re.sub(r"\d", "", stored) == re.sub(r"\d", "", printed[cell["id"]])
             then, now = (

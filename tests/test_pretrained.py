@@ -16,11 +16,13 @@ import pytest
 import safetensors.numpy
 
 import ddim_jax as ddim
+from ddim_jax import demo
 from ddim_jax.networks import unet
 from ddim_jax.networks.paper import PAPER
 from ddim_jax.process import ScheduleConfig, predicts
 from ddim_jax.storage.checkpoint import Checkpoints
 from ddim_jax.storage.weights_file import HEADER_KEY, load_weights, save_weights
+from ddim_jax.training.presets import PRESETS
 from ddim_jax.weights import load_model, save_diffusers, save_model, to_facts
 from ddim_jax.weights.pretrained import SHIPPED
 from ddim_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
@@ -283,6 +285,19 @@ def test_the_shipped_model():
         load_model("digits", image_size=8)
 
 
+def test_the_shipped_colours():
+    model = load_model("cifar10-small")
+    assert (model.image_shape, model.prediction.kind) == ((32, 32, 3), "v")
+    assert model.config == PRESETS["cifar10-small"]().model
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    assert model.label_names == tuple(names.split())
+    assert set(demo.CLASSES) <= set(names.split())
+    assert (SHIPPED / "cifar10-small.safetensors").stat().st_size < 12e6
+    student = load_model("cifar10-small-4")
+    assert student.tau.tolist() == [250, 500, 750, 1000]
+    assert (student.config, student.label_names) == (model.config, model.label_names)
+
+
 # Bad files and arguments: what is in the file, options of load_model, what the message says.
 
 
@@ -403,7 +418,7 @@ def test_bad_weights_are_refused(tmp_path, monkeypatch, what):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no model.*PyTorch file.*shipped model \(digits"):
+    with pytest.raises(FileNotFoundError, match=r"no model.*PyTorch file.*\(cifar10-small, digits"):
         load_model(tmp_path / "none.ckpt")
 
 

@@ -22,7 +22,7 @@ from ddim_jax.cli.sample import _kept, _shown
 from ddim_jax.cli.ways import Sampling
 from ddim_jax.data import load
 from ddim_jax.evaluation import frechet_distance, moments
-from ddim_jax.generation.condition import condition, name_of
+from ddim_jax.generation.condition import class_numbers, condition, name_of
 from ddim_jax.generation.drawing import make_drawer
 from ddim_jax.generation.shards import generate, iter_shards
 from ddim_jax.networks.unet import UNetConfig, build, make_apply
@@ -232,6 +232,8 @@ def test_classes_by_number_name_and_list(model):
         assert condition(named, name_of(named, label)).labels == (label,)
     with pytest.raises(ValueError, match="has 3 classes, and its facts 2 names"):
         condition(model._replace(facts={"label_names": ["a", "b"]}), 0)
+    with pytest.raises(ValueError, match=re.escape(f"or one of its names {list('abcdefghij')}")):
+        class_numbers("k", 10, "abcdefghij")  # all of them are named
     with pytest.raises(TypeError, match=r"labels must be a class .* got 1\.5"):
         condition(model, 1.5)
     with pytest.raises(TypeError, match="got True"):

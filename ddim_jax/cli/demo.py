@@ -12,7 +12,7 @@ def demo(
     num_updates: int | None = None,
     num_images: int = 300,
 ) -> None:
-    """Train on 8×8 digits for a few minutes, and make a page of what the network draws.
+    """Train on 8×8 digits for a few minutes, and make a page of what it draws, and in colour.
 
     Args:
       out: the folder to write; an interrupted demo is continued.

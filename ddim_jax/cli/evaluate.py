@@ -17,7 +17,7 @@ from ddim_jax.cli.ways import Classes, ClassOptions, file_name
 from ddim_jax.data import of_classes
 from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure
-from ddim_jax.evaluation import parse_extractor, reference_statistics
+from ddim_jax.evaluation import parse_extractor, reference_statistics, shipped_reference
 from ddim_jax.generation.condition import Labels, class_numbers
 from ddim_jax.generation.shards import iter_shards, read_settings
 from ddim_jax.training.presets import DataConfig
@@ -58,8 +58,10 @@ def evaluate(
       data_labels: as --data.labels in training, for --label and --labels: folders.
       on_corrupt: what a record that cannot be read does, as in training.
       data_dir: where TFDS data sets lie; default $DDIM_JAX_DATA, else TFDS's own.
-      extractor: "pixels", "resnet56:FILE" or "inception:FILE"; only the FID weights give a "FID".
+      extractor: "pixels", "resnet56", of CIFAR-10, or "inception:FILE"; only the FID weights give a
+        "FID".
       reference: file of the data set's statistics, made if missing; by default beside `images`.
+        CIFAR-10's by resnet56 ship, and serve where the data are not at hand.
       blocks: of the jackknife behind the standard error; 0 for none, which is faster.
     """
     config = DataConfig(
@@ -95,6 +97,13 @@ def evaluate(
             f"got {blocks}"
         )
     shards = iter_shards(images)
+    if kind == "resnet56" and asked is reference is None and config == DataConfig(data, split):
+        features = make()
+        known = None if config.at_hand(data_dir) else shipped_reference(data, split, features)
+        if known is not None:
+            print("the data are not at hand: compared with the statistics that ship")
+            print(measure(_shown(shards, chosen), known, features, blocks=blocks, progress=True))
+            return None
     mark = "" if asked is None else file_name(f"-{classes.label or classes.labels}")
     path = path_of(data, data_dir)
     name = path.resolve().name if path else data.replace("/", "_")

@@ -31,7 +31,7 @@ from ddim_jax.weights import Model
 
 def explore(
     source: SourceOptions,
-    model: tyro.conf.Positional[str] = "digits",
+    model: tyro.conf.Positional[str] = "cifar10-small",
     out: pathlib.Path | None = None,
     labels: tuple[str, ...] | None = None,
     data: str | None = None,
@@ -47,8 +47,9 @@ def explore(
 ) -> None:
     """Make one HTML file with sliders for S, η, the path between two x_T, and t.
 
-    ddim-jax explore digits-labels --out digits.html, then open it in a browser: it needs no server
-    and no network. Images, too, are encoded and decoded again, beside the originals.
+    ddim-jax explore cifar10-small, then open cifar10-small.html in a browser: it needs no server
+    and no network. Images, too, are encoded and decoded again, beside the originals. That takes
+    minutes on a CPU; of digits-labels it takes seconds.
 
     Args:
       model: see `sample`.

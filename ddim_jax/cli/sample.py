@@ -42,9 +42,10 @@ def sample(
     """Draw images with a trained model, and save them as one PNG, or as you say.
 
     Args:
-      model: "digits" (ships with the package; where a class is asked for it is "digits-labels"), a
-        run folder, a .safetensors file, a PyTorch checkpoint in the names of the authors, of
-        diffusers or of OpenAI, a diffusers folder, or any of these as org/name on the Hub.
+      model: "cifar10-small" or "digits" (which ship; where a class is asked for the latter is
+        "digits-labels"), a run folder, a .safetensors file, a PyTorch checkpoint in the names of
+        the authors, of diffusers or of OpenAI, a diffusers folder, or any of these as org/name on
+        the Hub.
       num_images: how many; image k is the same whatever their number.
       first: the number of the first image.
       batch_size: images at a time on each device, 16 by default or fewer if fewer are drawn. The

@@ -16,7 +16,12 @@ from ddim_jax.evaluation.frechet import (
 from ddim_jax.evaluation.inception_weights import fetch_inception
 from ddim_jax.evaluation.kernel import KernelDistance, kernel_distance, squared_mmd
 from ddim_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
-from ddim_jax.evaluation.reference import Reference, load_reference, reference_statistics
+from ddim_jax.evaluation.reference import (
+    Reference,
+    load_reference,
+    reference_statistics,
+    shipped_reference,
+)
 
 __all__ = [
     "BitsPerDim",
@@ -43,5 +48,6 @@ __all__ = [
     "reference_statistics",
     "resumable_moments",
     "save_moments",
+    "shipped_reference",
     "squared_mmd",
 ]

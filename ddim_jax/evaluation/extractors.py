@@ -131,11 +131,14 @@ def _flat_pixels(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float32) / 127.5 - 1).reshape(len(images), -1)
 
 
-def resnet56(path: str | os.PathLike[str], *, allow_unknown: bool = False) -> Extractor:
+def resnet56(
+    path: str | os.PathLike[str] = resnet56_network.SHIPPED, *, allow_unknown: bool = False
+) -> Extractor:
     """64 pooled features of a CIFAR-10 ResNet-56 (see `ddim_jax.evaluation.resnet56`).
 
     Args:
-      path: its weights, an `.npz` file of arrays under their PyTorch names.
+      path: its weights, an `.npz` file of arrays under their PyTorch names; by default those that
+        ship, the known ones.
       allow_unknown: take weights other than the known ones; figures are then named after them,
         "FD-ResNet56-1a2b3c4d" with the first digits of their hash.
 
@@ -204,7 +207,8 @@ def parse_extractor(text: str) -> Callable[[], Extractor]:
     """What `--extractor` names, to be made when it is needed: checked before any long work.
 
     Args:
-      text: "pixels", "resnet56:FILE", "inception:FILE", or "module:function", called with nothing.
+      text: "pixels", "resnet56", "resnet56:FILE", "inception:FILE", or "module:function", called
+        with nothing.
 
     Returns:
       () → `Extractor`.
@@ -218,11 +222,10 @@ def parse_extractor(text: str) -> Callable[[], Extractor]:
       'pixels'
     """
     name, _, rest = text.partition(":")
-    if name in EXTRACTORS and (name == "pixels") != bool(rest):
+    if name in EXTRACTORS and (name != "pixels" if rest else name != "inception"):
         return partial(EXTRACTORS[name], *([rest] if rest else []))
     if name in EXTRACTORS or not rest:
         raise ValueError(
-            "extractor must be pixels, resnet56:FILE, inception:FILE or module:function, got "
-            f"{text!r}"
+            f"extractor must be pixels, resnet56, inception:FILE or module:function, got {text!r}"
         )
     return import_name(text, "extractor")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddim_jax.data import Dataset
 
 KIND = "reference statistics"
+SHIPPED = pathlib.Path(__file__).parent / "cifar10" / "train-resnet56.npz"
 
 
 class Reference(NamedTuple):
@@ -167,6 +168,31 @@ def load_reference(path: str | os.PathLike[str]) -> Reference:
             f"(m, {len(total.mean)})"
         )
     return Reference(total, kept, facts)
+
+
+def shipped_reference(name: str, split: str, extractor: Extractor) -> Reference | None:
+    """The statistics that ship, if they are of these data and features; the data need not be there.
+
+    They are of CIFAR-10's training images, whole, in the features of the ResNet-56 that ships, with
+    the features of 2,000 random ones.
+
+    Args:
+      name: of the data set, as `ddim_jax.data.load` takes it.
+      split: its split.
+      extractor: from `ddim_jax.evaluation.extractors`.
+
+    Example:
+      >>> from ddim_jax.evaluation.extractors import pixels, resnet56
+      >>> shipped_reference("cifar10", "train", resnet56()).moments.size
+      50000
+      >>> shipped_reference("cifar10", "train", pixels()) is None
+      True
+    """
+    if (name.partition(":")[0], split) != ("cifar10", "train"):
+        return None
+    reference = load_reference(SHIPPED)
+    same = extractor_facts(extractor).items() <= reference.facts.items()
+    return reference if same else None
 
 
 def _save(path: pathlib.Path, reference: Reference) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 from ddim_jax.weights import Model
 
 Labels: TypeAlias = int | str | Sequence[int | str] | None
+listed = reprlib.Repr()
+listed.maxlist = 20  # names of classes in an error
 
 
 class Condition(NamedTuple):
@@ -157,7 +159,7 @@ def class_numbers(
 def _class_number(label: Any, count: int, names: Sequence[str]) -> int:
     """The number of one class: a name goes before a number."""
     known = f"a class in 0..{count - 1}, {count} or 'none' for none, or 'all'"
-    known += f", or one of its names {reprlib.repr(list(names))}" if names else ""
+    known += f", or one of its names {listed.repr(list(names))}" if names else ""
     if isinstance(label, str):
         if label in names:
             return list(names).index(label)

@@ -146,9 +146,11 @@ def page(title: str, body: Sequence[str]) -> str:
         "color:#222}img{max-width:100%}.wide{overflow-x:auto}table{border-collapse:collapse}"
         "td,th{padding:.3rem .4rem;border-bottom:1px solid #ddd;text-align:right;"
         "white-space:nowrap}h1{font-size:1.6rem;line-height:1.2}th:first-child,td:first-child{text-align:left}"
+        ".text td,.text th{white-space:normal;text-align:left}"
         "figcaption,.note,dd{color:#666}code{background:#f3f3f3;padding:.1rem .3rem}"
         "figure{margin:1rem 0}.panels{display:grid;gap:.75rem;grid-template-columns:1fr 1fr}"
         ".panels figure{margin:0}.panels img{width:100%;image-rendering:pixelated}"
+        ".panels.smooth img{image-rendering:auto}"
         ".panels figcaption{font-size:.85rem}"
         "@media(min-width:40rem){td,th{padding:.3rem .9rem}"
         ".panels{grid-auto-flow:column;grid-template-columns:none;grid-auto-columns:1fr;grid-template-rows:repeat(var(--rows),auto)}}"
@@ -170,12 +172,13 @@ def figure_html(png: bytes, caption: str) -> str:
     )
 
 
-def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int) -> str:
+def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int, smooth: bool = False) -> str:
     """Pictures and their captions side by side: columns of `rows`, on a phone two in a row.
 
     Args:
       panels: uint8 (H, W, 3) and caption, column by column.
       rows: panels in a column of a wide screen.
+      smooth: scaled smoothly by the browser, as photographs are.
 
     Returns:
       An HTML fragment.
@@ -185,17 +188,29 @@ def panels_html(panels: Sequence[tuple[np.ndarray, str]], rows: int) -> str:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="PNG")
         figures.append(figure_html(buffer.getvalue(), caption))
-    return f'<div class="panels" style="--rows:{rows}">' + "".join(figures) + "</div>"
+    kind = "panels smooth" if smooth else "panels"
+    return f'<div class="{kind}" style="--rows:{rows}">' + "".join(figures) + "</div>"
 
 
-def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table of text cells, which scrolls where the screen is narrower."""
+def table_html(
+    header: Sequence[str], rows: Sequence[Sequence[str]], sentences: bool = False
+) -> str:
+    """A plain table of text cells, which scrolls where the screen is narrower.
+
+    Args:
+      header, rows: its cells.
+      sentences: in its cells, which are broken into lines.
+
+    Returns:
+      An HTML fragment.
+    """
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     body = line("th", header) + "".join(line("td", row) for row in rows)
-    return f'<div class="wide"><table>{body}</table></div>'
+    kind = "wide text" if sentences else "wide"
+    return f'<div class="{kind}"><table>{body}</table></div>'
 
 
 def commands_html(commands: Mapping[str, str]) -> str:

@@ -50,6 +50,23 @@ class DataConfig:
         )
         return data.hold_out(whole, self.holdout)
 
+    def at_hand(self, data_dir: str | os.PathLike[str] | None = None) -> bool:
+        """Whether there is such a data set here; what is wrong with one that is there is raised.
+
+        Example:
+          >>> DataConfig("digits").at_hand(), DataConfig("cifar10").at_hand("/nowhere")
+          (True, False)
+        """
+        try:
+            self.load(data_dir)
+        except ImportError:
+            return False
+        except ValueError as error:
+            if not str(error).startswith("no data set"):
+                raise
+            return False
+        return True
+
 
 def learned_from(facts: Mapping[str, Any]) -> DataConfig | None:
     """The images that a model learned from, cropped and resized as then, where its facts say so.
@@ -203,10 +220,13 @@ def cifar10() -> Preset:
 
 
 def cifar10_small() -> Preset:
-    """CIFAR-10 with its classes, 5.6 M parameters. No weights ship.
+    """CIFAR-10 with its classes, 5.6 M parameters: the model that ships as `cifar10-small`.
 
     Command: `ddim-jax train cifar10-small --data-dir DIR --model.dtype bfloat16`. Hardware: one
-    large GPU; an H200 makes 11,100 images/s, of 6.7 M. Score: not measured.
+    large GPU; 7 minutes on one H200 in bfloat16, 17,400 images/s, and one to compile. Score,
+    FD-ResNet56 of 10,000 samples: 1.74 ± 0.04 at S = 20, 1.39 at S = 50, η = 0. Of 100 images at
+    S = 20 a ResNet-56, right about 93.4 % of the test images, sees 76 ± 4 % as the class asked for,
+    97 ± 2 % with guidance 2.
     """
     return Preset(
         "cifar10-small",
