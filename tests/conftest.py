@@ -134,6 +134,12 @@ def one_trace():
         yield
 
 
+def pytest_sessionfinish():
+    """Pytest collects five times, for what warns when it is destroyed: the first finds all."""
+    gc.collect()
+    gc.freeze()
+
+
 MODULES = itertools.count(1)
 
 

@@ -529,7 +529,7 @@ def test_a_run_that_would_skip_everything_stops(tmp_path, one_device):
     def always_nan(params, x, t, dropout_key=None):
         return params["w"] * x * jnp.nan
 
-    config = make_config(skip_nonfinite=True, num_updates=200)
+    config = make_config(skip_nonfinite=True, num_updates=200, checkpoint_every=200)
     arguments = (always_nan, {"w": jnp.float32(1)}, SCHEDULE, make_dataset(), config)
     with pytest.raises(FloatingPointError, match="the 100 updates up to step 100 were all skipped"):
         fit(*arguments, tmp_path, progress=False)
