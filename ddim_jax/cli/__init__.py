@@ -27,7 +27,7 @@ COMMANDS = {  # name → where its function is, and the first line of its docstr
     ),
     "demo": (
         "ddim_jax.cli.demo:demo",
-        "Train on 8×8 digits for a few minutes, and make a page of what the network draws.",
+        "Train on 8×8 digits for a few minutes, and make a page of what it draws, and in colour.",
     ),
     "data": (
         "ddim_jax.cli.data:data",
