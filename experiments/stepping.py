@@ -96,8 +96,9 @@ class Stepper:
             plan = with_noise(plan)
         params = self.params if params is None else jax.device_put(params, self.whole)
         x, numbers = jax.device_put((x, numbers), self.split)
-        past = no_memory(plan, x)
-        past = jax.device_put(past, NamedSharding(self.mesh, PAST if past.size else WHOLE))
+        past = None  # and no array of no elements, which XLA of JAX 0.11 dies of on many devices
+        if plan.weights is not None:
+            past = jax.device_put(no_memory(plan, x), NamedSharding(self.mesh, PAST))
         step, waiting = self._step(clip), deque[jax.Array]()
         for row in single_rows(plan):
             x, past = step(params, (x, past), row, key, numbers)
