@@ -602,7 +602,7 @@ def test_every_command_knows_what_the_network_predicts(command, tmp_path, predic
 
 def test_cifar10_is_compared_with_what_ships(command, tmp_path):
     """The data are not there; of classes of it nothing ships."""
-    ddim.save_model("m.safetensors", tiny("v", image_size=32, in_channels=3, num_classes=10))
+    ddim.save_model("m.safetensors", unet_model("v", image_size=32, in_channels=3, num_classes=10))
     command("generate m.safetensors --out many --num-images 4 --steps 1 --labels all")
     line = "evaluate many --data cifar10 --extractor resnet56 --blocks 2"
     said = command(line)

@@ -470,19 +470,27 @@ def test_a_run_longer_than_asked_for_is_an_error(tmp_path):
 
 
 def test_metrics_that_cannot_be_written_are_named(tmp_path, monkeypatch, one_device):
+    from tensorboardX.event_file_writer import EventFileWriter
     from tensorboardX.record_writer import RecordWriter
 
-    written = []
+    written, begun, begin = [], [], EventFileWriter.__init__
 
     def write(self, data):
         written.append(data)
         if len(written) > 8:
             raise OSError("No space left on device")
 
+    def remembered(self, *args, **kwargs):
+        begun.append(self)
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(EventFileWriter, "__init__", remembered)
     monkeypatch.setattr(RecordWriter, "write", write)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     with pytest.raises(OSError, match="could not write metrics or pictures in .*is the disk full"):
         train(tmp_path, make_config(num_updates=4000, log_every=1, checkpoint_every=4000))
+    (board,) = begun
+    assert board._closed  # or the process would not end
 
 
 def test_a_log_that_is_not_one_is_named(tmp_path):

@@ -172,7 +172,8 @@ class MetricsLog:
         self._file = path.open("a")
         from tensorboardX import SummaryWriter
 
-        self._board = SummaryWriter(str(directory), purge_step=start + 1)
+        # In its queue there is room for lines until `_alive` is asked again.
+        self._board = SummaryWriter(str(directory), purge_step=start + 1, max_queue=1000)
         if project is not None:
             self._wandb = WandB(directory, project, config)
 
@@ -185,8 +186,9 @@ class MetricsLog:
                 self._wandb.close(failed=kind is not None)
             with contextlib.suppress(OSError):
                 self._file.close()
-            if self._alive():
-                self._board.close()
+            if not self._alive():  # nor may its exit hook wait for a thread that is no more
+                self._board.file_writer.event_writer._closed = True
+            self._board.close()
 
     def line(self, line: Mapping[str, float]) -> None:
         """One line: "step" and scalars.

@@ -59,11 +59,11 @@ def load_model(
     Args:
       source: a model that ships with the package, "cifar10-small", in colour and with classes, or
         "digits", with classes "digits-labels", each distilled to four calls, "cifar10-small-4" and
-        "digits-4"; a run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers folder (`UNet2DModel`, or a
-        pipeline with one); or a PyTorch checkpoint or .safetensors file of Ho et al.'s network by
-        the names of the DDIM authors, of diffusers or of OpenAI, a state dict or one in the dicts
-        and lists that training programs put it in; or, where there is no such path, "org/name" on
-        the Hugging Face Hub, one of these there.
+        "digits-4"; a run folder of `ddim-jax train`; a weights file of `save_model`; a diffusers
+        folder (`UNet2DModel`, or a pipeline with one); or a PyTorch checkpoint or .safetensors file
+        of Ho et al.'s network by the names of the DDIM authors, of diffusers or of OpenAI, a state
+        dict or one in the dicts and lists that training programs put it in; or, where there is no
+        such path, "org/name" on the Hugging Face Hub, one of these there.
       step: of a run folder, which checkpoint; by default the latest.
       ema: the moving average, where there is one (run folder, checkpoint); else the weights
         themselves.
