@@ -11,6 +11,7 @@ from ddim_jax.data import Dataset
 from ddim_jax.generation.drawing import make_draw
 from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.schedule import schedule_from_betas
+from ddim_jax.sampling.plan import with_memory
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.step import make_train_step
 from ddim_jax.weights import to_facts
@@ -83,14 +84,9 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def padded(plan, memory=4):
-    """The plan in the program of the longest memory: what it lacks is summed with weight 0."""
-    if plan.weights is None:
-        return plan
-    corrects = np.zeros_like(plan.weights) if plan.corrects is None else plan.corrects
-    more = ((0, 0), (0, memory - plan.weights.shape[1]))
-    pair = (np.pad(table, more) for table in (plan.weights, corrects))
-    return dataclasses.replace(plan, **dict(zip(("weights", "corrects"), pair)))
+def padded(plan):
+    """The plan in the program of the longest memory, where it has one."""
+    return plan if plan.weights is None else with_memory(plan, 4)
 
 
 DRAWS, STEPS = {}, {}
