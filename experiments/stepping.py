@@ -57,7 +57,11 @@ class Stepper:
     @functools.cached_property
     def params(self) -> Any:
         """The weights, on every device."""
-        return jax.device_put(self.model.params, self.whole)
+        return self._place(self.model.params)
+
+    def _place(self, params: Any) -> Any:
+        """On every device, as the network computes with them."""
+        return jax.device_put(self.model.computed(params), self.whole)
 
     @functools.cache  # noqa: B019 - one or two in a process
     def _step(self, clip: bool) -> Callable[..., jax.Array]:
@@ -94,7 +98,7 @@ class Stepper:
         check_network(self.model.apply_fn, plan)
         if key is not None:
             plan = with_noise(plan)
-        params = self.params if params is None else jax.device_put(params, self.whole)
+        params = self.params if params is None else self._place(params)
         x, numbers = jax.device_put((x, numbers), self.split)
         past = None  # and no array of no elements, which XLA of JAX 0.11 dies of on many devices
         if plan.weights is not None:

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ddim_jax as ddim
 from ddim_jax.networks.blocks import GroupNorm, upsample
 from ddim_jax.networks.blocks import timestep_embedding as embed
 from ddim_jax.networks.flops import _jaxprs
-from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params, make_apply
+from ddim_jax.networks.unet import (
+    UNetConfig,
+    abstract_params,
+    build,
+    computed,
+    count_params,
+    make_apply,
+)
 from tests.tiny import UNET, assert_same
 
 TINY = dataclasses.replace(UNET, dropout=0.3)
@@ -262,6 +270,19 @@ def test_group_norm_of_parts_is_that_of_the_whole():
     np.testing.assert_allclose(together, jax.nn.swish(norm(x)), atol=1e-6)
 
 
+def test_group_norm_of_what_is_shifted():
+    """In float32 to the last bit; in bfloat16 only the result is rounded, not x + s."""
+    x, s, norm = images(2, 4, 6, 64) + 30, images(2, 1, 1, 64, seed=2), GroupNorm(64)
+    shifted = norm(jnp.asarray(x), shift=jnp.asarray(s), then=jax.nn.swish)
+    np.testing.assert_array_equal(shifted, norm(jnp.asarray(x + s), then=jax.nn.swish))
+    half, by = jnp.asarray(x, jnp.bfloat16), jnp.asarray(s, jnp.bfloat16)
+    y = np.float64(half) + np.float64(by)
+    want = np.array([np_norm({"scale": 1, "bias": 0}, one) for one in y])
+    got = norm(half, shift=by)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(got), want, rtol=2**-8, atol=1e-3)
+
+
 def test_group_norm_where_the_first_row_is_another_or_nothing_varies():
     """One row in H far away takes log2 H bits; a constant gives no root of less than 0."""
     x = images(2, 8, 6, 32)
@@ -316,6 +337,46 @@ def test_bfloat16_is_close_and_gives_float32(tiny):
     results = [line.split("=")[0] for line in text.splitlines() if "conv_general_dilated[" in line]
     assert len(results) > 10
     assert all(":bf16[" in result for result in results)
+
+
+def test_weights_as_they_are_computed_with_need_no_conversion(tiny):
+    config, params = dataclasses.replace(TINY, dtype="bfloat16"), tiny[1]
+    half_fn, ready = make_apply(config), computed(params, config)
+    x, t = images(), jnp.array([3, 900])
+    np.testing.assert_array_equal(half_fn(ready, x, t), half_fn(params, x, t))
+    assert ready["norm_out"]["bias"] is params["norm_out"]["bias"]
+
+    def conversions(params):
+        lines = str(jax.make_jaxpr(half_fn)(params, x, t)).splitlines()
+        return [line for line in lines if ":bf16[3,3," in line and "convert_element_type" in line]
+
+    assert len(conversions(params)) > 3
+    assert not conversions(ready)
+
+
+def conversions_in_loops(jaxpr, inside=False):
+    """Kernels that are rounded to bfloat16 in the body of a scan."""
+    found = 0
+    for e in jaxpr.eqns:
+        found += inside and e.primitive.name == "convert_element_type" and (
+            e.outvars[0].aval.dtype == jnp.bfloat16 and e.invars[0].aval.shape[:2] == (3, 3)
+        )  # fmt: skip
+        loop = inside or e.primitive.name == "scan"
+        for value in e.params.values():
+            found += sum(conversions_in_loops(one, loop) for one in _jaxprs(value))
+    return found
+
+
+def test_samplers_convert_the_weights_before_their_loop(tiny):
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    model = ddim.Model(make_apply(config), tiny[1], ddim.linear_schedule(1000), config)
+    x_T = images()
+
+    def program(model):
+        return jax.make_jaxpr(ddim.make_sampler(model, [1, 500, 1000]))(x_T).jaxpr
+
+    assert conversions_in_loops(program(model)) == 0
+    assert conversions_in_loops(program(model._replace(config=None))) > 3
 
 
 def test_it_is_traced_once_for_all_programs():

@@ -79,7 +79,7 @@ def make_draw(
         x_T = initial_noise(keys[0], numbers, model.image_shape)
         key = image_keys(keys[1], numbers) if noisy else None
         condition = dict(zip(("labels", "guidance", "interval"), inputs, strict=True))
-        denoise = partial(network.apply_fn, params, **condition)
+        denoise = partial(network.apply_fn, network.computed(params), **condition)
         x_0, (_, path) = run(denoise, x_T, plan, key, keep)
         return Drawn(to_uint8(x_0), jnp.isfinite(x_0).all((1, 2, 3)), to_uint8(path).swapaxes(0, 1))
 

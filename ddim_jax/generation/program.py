@@ -32,6 +32,7 @@ def program_of(
         params = jax.tree.unflatten(tree, [held[name].astype(dtypes[name]) for name in order])
         given = dict(zip(names, values, strict=True))
         labels, scale = given.get("labels"), given.get("scale")
+        params = network.computed(params)
         denoise = partial(network.apply_fn, params, labels=labels, guidance=scale)
         if "seed" in given:
             key, noise_key = jax.random.split(jax.random.key(given["seed"]))
@@ -83,7 +84,8 @@ def in_dtype(model: Model, dtype: str) -> Model:
     if model.config is None:
         raise ValueError('dtype="bfloat16" is for our U-Net: this model has no config')
     config = dataclasses.replace(model.config, dtype=dtype)
-    return model._replace(apply_fn=network_of(config, model.prediction, model.schedule))
+    apply_fn = network_of(config, model.prediction, model.schedule)
+    return model._replace(config=config, apply_fn=apply_fn)
 
 
 def named(params: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The layers are Flax NNX. All weights are zero at first: `build` of `unet.py` dra
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,8 +63,8 @@ def timestep_embedding(
 class GroupNorm(nnx.Module):
     """Group normalisation with float32 statistics (Wu & He, 2018), and what follows each pixel.
 
-    `norm(x)` is (B, H, W, C) as x; `norm(*parts, then=f)` is f(norm(x)) of x = the parts, one after
-    the other along the channels, which are never put together.
+    `norm(x)` is (B, H, W, C) as x; `norm(*parts, shift=s, then=f)` is f(norm(x + s)) of x = the
+    parts, one after the other along the channels, and s (B, 1, 1, C): neither is put together.
     """
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-6):
@@ -73,36 +73,53 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
 
     @jax.named_scope("group_norm")
-    def __call__(self, *parts: jax.Array, then: Activation = lambda y: y) -> jax.Array:
+    def __call__(
+        self,
+        *parts: jax.Array,
+        shift: jax.Array | None = None,
+        then: Activation = lambda y: y,
+    ) -> jax.Array:
         batch, dtype = parts[0].shape[0], parts[0].dtype
         ends = np.cumsum([part.shape[-1] for part in parts])
-        each = [part.astype(jnp.float32) for part in parts]
+
+        def cut(z: jax.Array) -> list[jax.Array]:  # (B, 1, 1, C) -> one of each part
+            return jnp.split(z, ends[:-1], axis=-1)
+
+        def shifted(parts: Sequence[jax.Array], shift: jax.Array | None) -> list[jax.Array]:
+            wide = [part.astype(jnp.float32) for part in parts]
+            if shift is None:
+                return wide
+            return [y + s for y, s in zip(wide, cut(shift.astype(jnp.float32)))]
 
         def group_mean(zs: list[jax.Array]) -> jax.Array:  # of its group, for each channel
             z = jnp.concatenate([z.mean((1, 2)) for z in zs], -1).reshape(batch, self.groups, -1)
             return jnp.broadcast_to(z.mean(-1, keepdims=True), z.shape).reshape(batch, 1, 1, -1)
 
-        def cut(z: jax.Array) -> list[jax.Array]:  # (B, 1, 1, C) -> one of each part
-            return jnp.split(z, ends[:-1], axis=-1)
-
         # var = E(y − m)² − (E y − m)² for any constant m, so that E and var take one pass. With m
-        # the mean of one row of H, (E y − m)² ≤ H var: no more than log₂ H bits are lost.
-        m = jax.lax.stop_gradient(group_mean([y[:, :1] for y in each]))
+        # the mean of one row of H, (E y − m)² ≤ H var: no more than log₂ H bits are lost. Those of
+        # 16 bits have none that float32 could lose, and m = 0.
+        each = shifted(parts, shift)
+        m = jnp.zeros((1, 1, 1, int(ends[-1])), jnp.float32)
+        if dtype == jnp.float32:
+            m = jax.lax.stop_gradient(group_mean([y[:, :1] for y in each]))
         mean = group_mean(each)
         square = group_mean([jnp.square(y - n) for y, n in zip(each, cut(m))])
         var = jnp.maximum(square - jnp.square(mean - m), 0)
         scale = jax.lax.rsqrt(var + self.eps) * self.scale[...].reshape(1, 1, 1, -1)
-        shift = self.bias[...].reshape(1, 1, 1, -1) - mean * scale
+        bias = self.bias[...].reshape(1, 1, 1, -1) - mean * scale
 
         def apply(
-            parts: tuple[jax.Array, ...], scales: list[jax.Array], shifts: list[jax.Array]
+            parts: tuple[jax.Array, ...],
+            shift: jax.Array | None,
+            scales: list[jax.Array],
+            biases: list[jax.Array],
         ) -> jax.Array:
-            affine = [x.astype(jnp.float32) * a + b for x, a, b in zip(parts, scales, shifts)]
+            affine = [y * a + b for y, a, b in zip(shifted(parts, shift), scales, biases)]
             return then(jnp.concatenate([y.astype(dtype) for y in affine], axis=-1))
 
         if dtype != jnp.float32:  # keep for the gradient what came, not what was made of it
             apply = jax.checkpoint(apply)
-        return apply(parts, cut(scale), cut(shift))
+        return apply(parts, shift, cut(scale), cut(bias))
 
 
 def dense(c_in: int, c_out: int, config: UNetConfig) -> nnx.Linear:
@@ -157,7 +174,7 @@ class ResnetBlock(nnx.Module):
             scale, shift = jnp.split(time, 2, axis=-1)
             h = self.norm2(h, then=lambda y: activation(y * (1 + scale) + shift))
         else:
-            h = self.norm2(h + time, then=activation)
+            h = self.norm2(h, shift=time, then=activation)
         if key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
             h = jnp.where(keep, h / (1 - self.dropout), jnp.zeros_like(h))

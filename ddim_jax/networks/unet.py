@@ -209,6 +209,31 @@ def count_params(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def computed(params: Params, config: UNetConfig) -> Params:
+    """The weights as the network computes with them: those of a product in `config.dtype`.
+
+    What comes out is the same, but a loop that is given these converts nothing in its body.
+
+    Args:
+        params: of the network.
+        config: the network.
+
+    Returns:
+        Such a tree. Norms and tables stay as they are.
+
+    Example:
+        >>> config = UNetConfig(dtype="bfloat16")
+        >>> params = jax.eval_shape(lambda p: computed(p, config), abstract_params(config))
+        >>> params["conv_in"]["bias"].dtype, params["norm_out"]["bias"].dtype
+        (dtype(bfloat16), dtype('float32'))
+    """
+    if not isinstance(params, dict):
+        return params
+    if "kernel" in params:
+        return {name: jnp.asarray(leaf, config.dtype) for name, leaf in params.items()}
+    return {name: computed(part, config) for name, part in params.items()}
+
+
 def _init(abstract: Params, key: jax.Array) -> Params:
     """U(−b, b), b² = 3 / fan_avg, as Ho et al.'s `nn.py`, with 0 for their scale of 1e-10."""
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)]

@@ -211,11 +211,12 @@ def make_sampler(
     if tau is None:
         raise TypeError("give tau, such as timesteps(1000, 50): only a distilled model has its own")
     apply_fn, schedule, default = model.apply_fn, model.schedule, (tau, eta, method)
+    computed = getattr(model, "computed", lambda params: params)
     check_network(apply_fn, plan_of(method, eta, schedule, tau))
 
     @jax.jit
     def jitted(params: Any, inputs: Any, x_T: Array, plan: Plan, keys: Array | None) -> Array:
-        return run(partial(apply_fn, params, **inputs), x_T, plan, keys)[0]
+        return run(partial(apply_fn, computed(params), **inputs), x_T, plan, keys)[0]
 
     def sampler(
         x_T: Array,

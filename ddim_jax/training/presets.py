@@ -219,6 +219,31 @@ def cifar10() -> Preset:
     )
 
 
+def cifar10_fast() -> Preset:
+    """CIFAR-10 with the paper's network, in a quarter of an hour of two large GPUs.
+
+    Command: `ddim-jax train cifar10-fast --data-dir DIR --model.dtype bfloat16`. Hardware: two
+    large GPUs; 13 minutes on two H200 (13,400 images/s, without dropout) and one to compile. Score:
+    not run so. Without dropout it learns by heart: FD-ResNet56 at S = 100, η = 0 was 1.24 after 6.1
+    million images and 1.65 after the 10.2 million of the whole run (1.72 and 2.65 at S = 20).
+    """
+    plain = cifar10()
+    train = TrainConfig(
+        batch_size=256,
+        num_updates=40_000,
+        prediction="v",
+        gamma="min-snr-5",
+        learning_rate=8e-4,
+        warmup_steps=1000,
+        cosine_decay=True,
+        ema_decay=0.9995,
+        flip=True,
+        checkpoint_every=4000,
+        sample_every=4000,
+    )
+    return dataclasses.replace(plain, name="cifar10-fast", train=train)
+
+
 def cifar10_small() -> Preset:
     """CIFAR-10 with its classes, 5.6 M parameters: the model that ships as `cifar10-small`.
 
@@ -314,5 +339,15 @@ def images() -> Fitted:
 
 PRESETS: dict[str, Callable[[], Preset]] = {
     f.__name__.replace("_", "-"): f
-    for f in (digits, digits_labels, mnist, cifar10, cifar10_small, celeba64, lsun256, images)
+    for f in (
+        digits,
+        digits_labels,
+        mnist,
+        cifar10,
+        cifar10_fast,
+        cifar10_small,
+        celeba64,
+        lsun256,
+        images,
+    )
 }

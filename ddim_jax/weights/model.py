@@ -71,6 +71,21 @@ class Model(NamedTuple):
         tau = self.facts.get("tau")
         return None if tau is None else as_timesteps(tau, self.schedule.num_steps)
 
+    def computed(self, params: Any) -> Any:
+        """Such weights in the dtypes that the network computes with, for a loop to convert none.
+
+        Example:
+          >>> import ddim_jax as ddim
+          >>> model = ddim.load_model("digits")
+          >>> model.computed(model.params) is model.params  # of a network in float32
+          True
+        """
+        if getattr(self.config, "dtype", "float32") == "float32":
+            return params
+        from ddim_jax.networks.unet import computed  # here, as flax takes half a second to import
+
+        return computed(params, self.config)
+
     def __repr__(self) -> str:
         shape = "" if self.config is None else "×".join(map(str, self.image_shape)) + ", "
         size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
