@@ -143,6 +143,12 @@ class Stepper:
         return self.pixels(self.run(x_T, plan, clip=clip, key=keys[1], numbers=numbers))
 
 
+def numbers(plan: Plan) -> tuple[Any, ...]:
+    """All that a plan's images follow from besides network, x_T and noise, to be compared."""
+    leaves, kind = jax.tree.flatten(plan)
+    return kind, *((np.asarray(leaf) + 0.0).tobytes() for leaf in leaves)  # no −0
+
+
 @functools.lru_cache(maxsize=2)
 def stepper(
     name: str, config: str | None, schedule: str | None, prediction: str | None, dtype: str | None

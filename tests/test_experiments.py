@@ -301,6 +301,26 @@ def test_solvers_take_every_prediction(tmp_path):
     assert np.std(found[0][0] - found[0][1]) > 1e-2
 
 
+def test_plans_of_the_same_numbers_are_judged_once(tmp_path, monkeypatch):
+    """At S = 2 UniPC's two orders are one, and DPM-Solver is DDIM; an optimised τ may be linear."""
+    judged = []
+
+    def judge(bench, method, tau, steps):
+        judged.append((method, tau.tolist()))
+        return {"rms": 1.0, "rms_se": 0.1, "fine_samples": 4}
+
+    monkeypatch.setattr(solvers._Bench, "judge", judge)
+    monkeypatch.setattr(solvers._Bench, "optimised", lambda bench, s: {"tau": [500, 1000]})
+    words = "--oracle --rms-only --steps 2 --num-images 4 --fine-samples 4 --method ddim "
+    words += "dpm-solver-2 unipc-2 unipc-3 --tau linear quadratic optimised"
+    result = solvers.main([*words.split(), "--out", str(tmp_path / "out")])
+    taus = ([500, 1000], [250, 1000])
+    assert judged == [(method, tau) for method in ("ddim", "unipc-2") for tau in taus]
+    assert len({(c["method"], c["tau"]) for c in result["cells"]}) == 4 * 3
+    plans = [solvers._padded(m)(ddim.linear_schedule(1000), [1000]) for m in ("ddim", EULERS[1])]
+    assert stepping.numbers(plans[0]) != stepping.numbers(plans[1])
+
+
 @pytest.mark.slow
 def test_results_say_where_they_come_from(results):
     folder, found = results
