@@ -157,9 +157,8 @@ class _Bench:
         lack = -len(x_T) % min(size, len(x_T))
         x = jnp.concatenate([x_T, x_T[:lack]])
         size = min(size, len(x_T))
-        parts = [
-            self.sampler(x[i : i + size], tau=tau, method=_padded(method)) for i in range(0, len(x), size)
-        ]
+        how = {"tau": tau, "method": _padded(method)}
+        parts = [self.sampler(x[i : i + size], **how) for i in range(0, len(x), size)]
         return np.concatenate(jax.device_get(parts))[: len(x_T)]
 
     def judge(self, method: str, tau: np.ndarray, steps: int) -> Cell:

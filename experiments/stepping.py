@@ -6,7 +6,6 @@ step is a plan of one row: the host calls it S times, a few calls ahead of the d
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ddim_jax as ddim
 from ddim_jax.arrays import image_keys
-from ddim_jax.networks.unet import make_apply
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.sampling import clip_x0
@@ -155,9 +153,6 @@ def stepper(
 ) -> Stepper:
     """Of the model that the arguments name; one object in a process, so that it compiles once."""
     how = schedule and ScheduleConfig(schedule)
-    model = ddim.load_model(name, config=config, schedule=how, prediction=prediction)
-    if dtype not in (None, model.config.dtype):
-        changed = dataclasses.replace(model.config, dtype=dtype)
-        apply_fn = ddim.predicts(make_apply(changed), model.prediction.kind)
-        model = model._replace(config=changed, apply_fn=apply_fn)
-    return Stepper(model)
+    return Stepper(
+        ddim.load_model(name, config=config, schedule=how, prediction=prediction, dtype=dtype)
+    )

@@ -6,7 +6,6 @@ beside them stands what each library's product of two large matrices reaches.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 import shutil
@@ -22,7 +21,7 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.networks.unet import abstract_params, build, make_apply
+from ddim_jax.networks.unet import abstract_params, build
 from ddim_jax.process.schedule import ScheduleConfig
 from ddim_jax.weights import to_facts
 
@@ -51,14 +50,6 @@ def random_model(config: UNetConfig) -> ddim.Model:
     )
     schedule = ScheduleConfig()
     return ddim.Model(apply_fn, params, schedule.build(), config, to_facts(schedule, config))
-
-
-def load_ours(folder: str, dtype: str) -> ddim.Model:
-    """The weights of a diffusers folder, computing in dtype, on the device."""
-    model = ddim.load_model(folder)
-    config = dataclasses.replace(model.config, dtype=dtype)
-    params = jax.tree.map(jnp.asarray, model.params)
-    return model._replace(config=config, apply_fn=make_apply(config), params=params)
 
 
 def place(dtype: str = "float32") -> dict[str, Any]:
