@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ddim_jax as ddim
 from ddim_jax.arrays import image_keys
 from ddim_jax.pictures.images import to_uint8
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.sampling import clip_x0
 from ddim_jax.sampling.inversion import invert_step
 from ddim_jax.sampling.plan import (

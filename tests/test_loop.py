@@ -15,7 +15,7 @@ from PIL import Image
 import ddim_jax as ddim
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import UNetConfig, build, make_apply
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.storage.checkpoint import (
     CheckpointError,
     DamagedError,

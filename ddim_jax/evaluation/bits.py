@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ddim_jax.arrays import Array, ArrayLike, image_keys
 from ddim_jax.evaluation.figures import Figure
 from ddim_jax.pictures.images import to_model
-from ddim_jax.process.prediction import variance_of
+from ddim_jax.process.predictor import variance_of
 from ddim_jax.sampling import dequantise, ode_density, variational_bound
 from ddim_jax.sampling.learned import with_variance
 from ddim_jax.weights import Model

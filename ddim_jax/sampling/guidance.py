@@ -14,13 +14,8 @@ import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image, root, wide
 from ddim_jax.process.gaussian import coefficients
-from ddim_jax.process.prediction import (
-    Predictor,
-    from_x0_eps,
-    prediction_of,
-    same_prediction,
-    variance_of,
-)
+from ddim_jax.process.prediction import from_x0_eps
+from ddim_jax.process.predictor import Predictor, prediction_of, same_prediction, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.learned import with_variance
 

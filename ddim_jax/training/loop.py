@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ddim_jax.data import Dataset
 from ddim_jax.networks.flops import flops_per_image
-from ddim_jax.process.prediction import predicts
+from ddim_jax.process.predictor import predicts
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.storage.checkpoint import (
     Checkpoints,

@@ -22,7 +22,7 @@ import numpy as np
 import ddim_jax as ddim
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.networks.unet import abstract_params, build
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.weights import to_facts
 
 OURS, NETWORK = "ours", "network"
