@@ -21,7 +21,8 @@ from ddim_jax.networks import unet
 from ddim_jax.networks.unet import abstract_params, count_params
 from ddim_jax.pictures.images import grid, to_uint8
 from ddim_jax.process import ScheduleConfig
-from ddim_jax.storage.checkpoint import restore_config, saved_steps
+from ddim_jax.storage.checkpoint import restore_config
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.training import fitting
 from ddim_jax.training.presets import PRESETS
