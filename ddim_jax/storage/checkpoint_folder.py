@@ -66,7 +66,7 @@ def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_facts(path: pathlib.Path, facts: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the facts are not as `sealed` made them, or of another format."""
+    """Raises CheckpointError where facts are not as `sealed` made them, or of another format."""
     if not isinstance(facts.get("format"), int):
         raise DamagedError(f"{path} is damaged, or was not written by ddim_jax{_others(path)}")
     if facts["format"] != FORMAT:
