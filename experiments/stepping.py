@@ -6,6 +6,7 @@ step is a plan of one row: the host calls it S times, a few calls ahead of the d
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable
@@ -142,7 +143,13 @@ class Stepper:
 
 
 def numbers(plan: Plan) -> tuple[Any, ...]:
-    """All that a plan's images follow from besides network, x_T and noise, to be compared."""
+    """All that a plan's images follow from besides network, x_T and noise, to be compared.
+
+    A step to s = 0 ends at x̂_0: where that is remembered, a correction of x_t before it is none.
+    """
+    if plan.corrects is not None and plan.remembers == "x_0":
+        ends = np.asarray(plan.steps.direction)[:, None] == 0
+        plan = dataclasses.replace(plan, corrects=np.where(ends, 0.0, plan.corrects))
     leaves, kind = jax.tree.flatten(plan)
     return kind, *((np.asarray(leaf) + 0.0).tobytes() for leaf in leaves)  # no −0
 
