@@ -27,7 +27,7 @@ from ddim_jax.training.distilling import RECIPE, distill, halvings, stage_folder
 from experiments import drawing, pipeline
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
-from experiments.stepping import MEMORY, Stepper
+from experiments.stepping import MEMORY, Stepper, numbers
 
 FEW = 20  # calls beyond which no solver is drawn: DDIM alone
 METHODS = ["unipc-2", "dpm-solver-2"]
@@ -60,8 +60,7 @@ class Way(NamedTuple):
 
     def numbers(self) -> tuple[Any, ...]:
         """All that its images follow from, but for the teacher."""
-        rows = [(leaf + 0.0).tobytes() for leaf in jax.tree.leaves(self.plan)]  # no −0
-        return self.seed, id(self.student), *rows
+        return self.seed, id(self.student), numbers(self.plan)
 
 
 def main(argv: Sequence[str] | None = None) -> Cell:

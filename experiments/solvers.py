@@ -26,7 +26,7 @@ from ddim_jax.sampling.plan import with_memory
 from experiments import drawing
 from experiments.arguments import parse, run
 from experiments.common import Cell, Experiment
-from experiments.stepping import MEMORY
+from experiments.stepping import MEMORY, numbers
 
 SPACINGS = ("linear", "quadratic", "logsnr")
 TAUS = (*SPACINGS, "optimised", "refined")
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> Cell:
         return lacking
     experiment.begin_with_model(data=not args.rms_only)
     bench, cells = _Bench(experiment), []
+    same_as: dict[Any, str] = {}  # two τ may be one, and two methods at few calls
     for s in args.steps:
         taus: dict[str, Any] = {n: experiment.tau(s, n) for n in SPACINGS}
         if {"optimised", "refined"} & set(args.tau):
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> Cell:
             for n, tau in row.items():
                 if n in args.tau:
                     judge = partial(bench.judge, method, tau, s)
-                    cell = experiment.cell(f"{name}-{n}-S{s}", judge)
+                    steps = numbers(_padded(method)(bench.schedule, tau))
+                    key = same_as.setdefault(steps, f"{name}-{n}-S{s}")
+                    cell = experiment.cell(key, judge)
                     cells.append({"method": method, "tau": n, "S": s, **cell})
     best = {s: min((c for c in cells if c["S"] == s), key=lambda c: c["rms"]) for s in args.steps}
     for s, c in best.items():
@@ -151,13 +154,11 @@ class _Bench:
     def solve(self, method: str, x_T: jax.Array, tau: np.ndarray) -> np.ndarray:
         """x_0 of all latents, batches of one size after one another; none waits for the host."""
         size = self.experiment.args.batch_size
-        padded = lambda *of: with_memory(find_method(method)(*of), MEMORY)  # noqa: E731
         lack = -len(x_T) % min(size, len(x_T))
         x = jnp.concatenate([x_T, x_T[:lack]])
         size = min(size, len(x_T))
-        parts = [
-            self.sampler(x[i : i + size], tau=tau, method=padded) for i in range(0, len(x), size)
-        ]
+        how = {"tau": tau, "method": _padded(method)}
+        parts = [self.sampler(x[i : i + size], **how) for i in range(0, len(x), size)]
         return np.concatenate(jax.device_get(parts))[: len(x_T)]
 
     def judge(self, method: str, tau: np.ndarray, steps: int) -> Cell:
@@ -201,6 +202,11 @@ class _Bench:
             sweeps=self.experiment.args.sweeps,
         )
         return {"tau": better.tolist()}
+
+
+def _padded(method: str) -> ddim.Method:
+    """Of one memory, so that all are one program."""
+    return lambda *of: with_memory(find_method(method)(*of), MEMORY)
 
 
 def _oracle() -> ddim.Model:

@@ -20,9 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ddim_jax as ddim
 from ddim_jax.arrays import image_keys
-from ddim_jax.networks.unet import make_apply
 from ddim_jax.pictures.images import to_uint8
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.sampling import clip_x0
 from ddim_jax.sampling.inversion import invert_step
 from ddim_jax.sampling.plan import (
@@ -147,15 +146,24 @@ class Stepper:
         return self.pixels(self.run(x_T, plan, clip=clip, key=keys[1], numbers=numbers))
 
 
+def numbers(plan: Plan) -> tuple[Any, ...]:
+    """All that a plan's images follow from besides network, x_T and noise, to be compared.
+
+    A step to s = 0 ends at x̂_0: where that is remembered, a correction of x_t before it is none.
+    """
+    if plan.corrects is not None and plan.remembers == "x_0":
+        ends = np.asarray(plan.steps.direction)[:, None] == 0
+        plan = dataclasses.replace(plan, corrects=np.where(ends, 0.0, plan.corrects))
+    leaves, kind = jax.tree.flatten(plan)
+    return kind, *((np.asarray(leaf) + 0.0).tobytes() for leaf in leaves)  # no −0
+
+
 @functools.lru_cache(maxsize=2)
 def stepper(
     name: str, config: str | None, schedule: str | None, prediction: str | None, dtype: str | None
 ) -> Stepper:
     """Of the model that the arguments name; one object in a process, so that it compiles once."""
     how = schedule and ScheduleConfig(schedule)
-    model = ddim.load_model(name, config=config, schedule=how, prediction=prediction)
-    if dtype not in (None, model.config.dtype):
-        changed = dataclasses.replace(model.config, dtype=dtype)
-        apply_fn = ddim.predicts(make_apply(changed), model.prediction.kind)
-        model = model._replace(config=changed, apply_fn=apply_fn)
-    return Stepper(model)
+    return Stepper(
+        ddim.load_model(name, config=config, schedule=how, prediction=prediction, dtype=dtype)
+    )

@@ -243,6 +243,7 @@ def test_the_command(command, tmp_path):
         ("nothing e.stablehlo --method cubic", "unknown method 'cubic'"),
         ("digits e.stablehlo --steps 1001", "S = 1001 and T = 1000"),
         ("nothing e.stablehlo --float16 --bfloat16", "not both"),
+        ("nothing e.stablehlo --bfloat16 --dtype float32", "leave out --dtype float32"),
         ("nothing e.safetensors --steps 3", "how to sample is for a whole sampler, e.stablehlo"),
         ("nothing no/e.stablehlo", "there is no folder no"),
         ("mine.safetensors mine.stablehlo --beside --overwrite", "the model itself"),

@@ -34,6 +34,25 @@ def test_a_page_says_what_ran_and_what_did_not(tmp_path, capsys):
     assert f"| {title} | ms |" in capsys.readouterr().out
 
 
+def test_a_machines_limits_count_what_xla_counts(monkeypatch):
+    monkeypatch.setattr(peers, "seconds", lambda call: (call(), 2.0)[1])
+    found = peers.limits("ours", "float32", small=True)()
+    x, matrix = jnp.zeros(2**18), jnp.zeros((256, 256))  # 1 MiB in all of x
+
+    def xla(count, f, *args):
+        return jax.jit(f).lower(*args).compile().cost_analysis()[count]
+
+    moved = xla("bytes accessed", lambda x: x + 1, x)
+    flops = xla("flops", jnp.dot, matrix, matrix)
+    assert found["bytes_per_second"] == peers.PASSES * moved / 2
+    assert found["flops_per_second"] == pytest.approx(peers.PASSES * flops / 2, rel=0.01)
+    program = peers.increased.lower(x, 3).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == x.nbytes  # in place, and nothing is copied
+    assert memory.temp_size_in_bytes < 1000
+    assert (program(x, 3) == 3).all()
+
+
 def test_what_time_does_not_allow_is_named(tmp_path, capsys):
     path = tmp_path / "page.json"
     page.main([*WORDS, "--seconds", "1", "--only", "sampling", "first-step", "--json", str(path)])
@@ -154,6 +173,8 @@ def test_fit_beside_a_step_by_hand():
     settings = train_loop.Settings(steps=4, every=2, rounds=1, input_seconds=0.01)
     with jax.numpy_dtype_promotion("standard"):  # for optax's Adam
         found = train_loop.prepare(settings)()
+    assert found["settings"]["data"] == "digits"
+    assert "data_dir" not in found["settings"]
     parts = found["rounds"][0]
     assert {k: len(parts[k]) for k in ("hand", "fit", "resumed", "saving")} == dict.fromkeys(
         ("hand", "fit", "resumed", "saving"), 2

@@ -15,15 +15,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ddim_jax.storage import checkpoint
-from ddim_jax.storage.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    restore,
-    restore_config,
-    restore_part,
-    saved_steps,
-)
+from ddim_jax.storage import checkpoint_folder
+from ddim_jax.storage.checkpoint import Checkpoints, restore, restore_config, restore_part
+from ddim_jax.storage.checkpoint_folder import CheckpointError, saved_steps
 from ddim_jax.storage.digest import digests
 from tests.tiny import assert_same
 
@@ -245,11 +239,11 @@ def test_a_foreign_or_newer_checkpoint(tmp_path):
     path.write_text(json.dumps({**facts, "custom_metadata": {"who": "someone else"}}))
     with pytest.raises(CheckpointError, match="was not written by ddim_jax"):
         restore_config(tmp_path)
-    facts["custom_metadata"]["format"] = checkpoint.FORMAT + 1
+    facts["custom_metadata"]["format"] = checkpoint_folder.FORMAT + 1
     path.write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="format 3, this version reads 2: update") as error:
         restore_config(tmp_path)
-    assert not isinstance(error.value, checkpoint.DamagedError)  # no fallback passes over it
+    assert not isinstance(error.value, checkpoint_folder.DamagedError)  # no fallback passes over it
 
 
 def test_every_changed_bit_changes_the_digest():
@@ -284,7 +278,8 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import jax, jax.numpy as jnp
-from ddim_jax.storage.checkpoint import Checkpoints, CheckpointError
+from ddim_jax.storage.checkpoint import Checkpoints
+from ddim_jax.storage.checkpoint_folder import CheckpointError
 state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, state, {}, {})
@@ -332,9 +327,9 @@ def test_a_folder_that_cannot_be_listed(tmp_path):
 def test_damaged_steps_are_set_aside_and_kept(tmp_path):
     write(tmp_path / "run" / "checkpoints", steps=(4, 5))
     folder = tmp_path / "run" / "checkpoints"
-    assert checkpoint.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5"
+    assert checkpoint_folder.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5"
     write(folder, steps=(5,))
-    assert checkpoint.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5-1"
+    assert checkpoint_folder.set_aside(folder, 5) == tmp_path / "run" / "damaged" / "5-1"
     assert saved_steps(folder) == [4]
     assert_same(restore(tmp_path / "run" / "damaged", make_state(), 5).state, make_state(5))
 

@@ -21,7 +21,8 @@ from ddim_jax.networks import unet
 from ddim_jax.networks.unet import abstract_params, count_params
 from ddim_jax.pictures.images import grid, to_uint8
 from ddim_jax.process import ScheduleConfig
-from ddim_jax.storage.checkpoint import restore_config, saved_steps
+from ddim_jax.storage.checkpoint import restore_config
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.training import fitting
 from ddim_jax.training.presets import PRESETS
@@ -101,7 +102,9 @@ def test_train_resume_sample_info(command, tmp_path):
     assert re.search("loss: [0-9.]+ [▁-█]{2} [0-9.]+", said)
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
     command("sample run --num-images 3 --steps 2 --out drawn.png")
-    command("export run run.safetensors")
+    command("export run half.safetensors --dtype bfloat16")
+    assert ddim.load_model("half.safetensors").config.dtype == "bfloat16"
+    command("export half.safetensors run.safetensors --dtype float32")
     with pytest.raises(SystemExit, match=r"run\.safetensors exists"):
         command("export run run.safetensors")
     command("sample run.safetensors --num-images 3 --steps 2 --out again.png")
@@ -624,8 +627,9 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
     with Image.open("drawn.png") as image:
         assert differ_by_rounding(image, grid(drawn_by(model, 12), scale=8))
     command(f"generate {given} --out many --num-images 2 --steps 3")
-    command(f"export {given} m.safetensors")
-    assert ddim.load_model("m.safetensors").prediction.kind == "v"
+    command(f"export {given} --dtype bfloat16 m.safetensors")
+    again = ddim.load_model("m.safetensors")
+    assert (again.prediction.kind, again.config.dtype) == ("v", "bfloat16")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 import ddim_jax as ddim
 from ddim_jax.networks import unet
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights import load_model, save_diffusers, to_facts
 from ddim_jax.weights.diffusers_config import unet_config, unet_settings

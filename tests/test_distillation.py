@@ -17,7 +17,8 @@ from ddim_jax.cli.distill import distill
 from ddim_jax.cli.options import Processes, Source
 from ddim_jax.cli.sample import sample
 from ddim_jax.cli.ways import Drawing, Sampling
-from ddim_jax.generation.shards import generate, read_settings
+from ddim_jax.generation.settings import read_settings
+from ddim_jax.generation.shards import generate
 from ddim_jax.process.gamma import snr_plus_one, truncated_snr
 from ddim_jax.storage.checkpoint import restore_config
 from ddim_jax.training import averages, distilling, fit, parallel

@@ -301,6 +301,32 @@ def test_solvers_take_every_prediction(tmp_path):
     assert np.std(found[0][0] - found[0][1]) > 1e-2
 
 
+def test_plans_of_the_same_numbers_are_judged_once(tmp_path, monkeypatch):
+    """At S = 2 the solvers of x̂_0 are DDIM, and here the optimised τ is the linear one."""
+    judged = []
+
+    def judge(bench, method, tau, steps):
+        judged.append((method, tau.tolist()))
+        return {"rms": 1.0, "rms_se": 0.1, "fine_samples": 4}
+
+    monkeypatch.setattr(solvers._Bench, "judge", judge)
+    monkeypatch.setattr(solvers._Bench, "optimised", lambda bench, s: {"tau": [500, 1000]})
+    words = "--oracle --rms-only --steps 2 --num-images 4 --fine-samples 4 --method ddim "
+    words += "dpm-solver-2 unipc-2 unipc-3 --tau linear quadratic optimised"
+    result = solvers.main([*words.split(), "--out", str(tmp_path / "out")])
+    taus = ([500, 1000], [250, 1000])
+    assert judged == [("ddim", tau) for tau in taus]
+    assert len({(c["method"], c["tau"]) for c in result["cells"]}) == 4 * 3
+    schedule, x_T = ddim.linear_schedule(1000), jnp.linspace(-2.0, 2.0, 12).reshape(4, 3)
+    model = ddim.Model(lambda w, x, t: jnp.tanh(w * x), 2.0, schedule)
+    sampler = ddim.make_sampler(model, taus[0])
+    both = [sampler(x_T, method=solvers._padded(m)) for m in ("ddim", "unipc-2")]
+    assert (both[0] == both[1]).all()
+    for name in ("unipc-2", EULERS[1]):  # a third call corrects; a memory of ε rounds differently
+        plans = [solvers._padded(m)(schedule, [1, 500, 1000]) for m in ("ddim", name)]
+        assert stepping.numbers(plans[0]) != stepping.numbers(plans[1])
+
+
 @pytest.mark.slow
 def test_results_say_where_they_come_from(results):
     folder, found = results
@@ -750,6 +776,7 @@ def test_distillation_scores_students_and_solvers_and_goes_on(tmp_path):
     assert result["missing"] == []
     for way in ways:  # one call is Euler's from T
         assert cells[way, 1]["distance"] == cells["ddim-linear", 1]["distance"]
+    assert not list((tmp_path / "out" / "cells").glob("unipc-2-*-S2-*"))  # two are Euler's too
     student = ddim.load_model(tmp_path / "out" / "ladder-4" / "steps-2")
     x_T = ddim.initial_noise(jax.random.key(4), 8, student.image_shape)
     images = np.asarray(to_uint8(student.sampler()(x_T)))

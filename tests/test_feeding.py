@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddim_jax.data import batch_indices, batches
-from ddim_jax.storage.checkpoint import Checkpoints, restore, saved_steps
+from ddim_jax.storage.checkpoint import Checkpoints, restore
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from ddim_jax.training import averages, feeding, fit, parallel
 from ddim_jax.training.run_folder import Preempted
 from ddim_jax.training.step import DENOISING, TrainState

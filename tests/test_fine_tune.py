@@ -10,7 +10,7 @@ import pytest
 import ddim_jax as ddim
 from ddim_jax.cli import train
 from ddim_jax.networks.unet import UNetConfig, build
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.storage.checkpoint import restore_config, restore_part
 from ddim_jax.training import fit
 from ddim_jax.training.presets import PRESETS, cifar10

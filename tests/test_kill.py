@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from ddim_jax.storage.checkpoint import restore_part, saved_steps
+from ddim_jax.storage.checkpoint import restore_part
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from tests.tiny import assert_same
 from tests.worker import finish, start
 

@@ -7,7 +7,7 @@ import pytest
 
 import ddim_jax as ddim
 from ddim_jax.evaluation import bits_per_dim
-from ddim_jax.process.prediction import variance_of
+from ddim_jax.process.predictor import variance_of
 from ddim_jax.sampling.learned import learned_variance
 from ddim_jax.sampling.methods import LEARNED, METHODS, find_method
 from tests import reference

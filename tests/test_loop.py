@@ -15,14 +15,9 @@ from PIL import Image
 import ddim_jax as ddim
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import UNetConfig, build, make_apply
-from ddim_jax.process.schedule import ScheduleConfig
-from ddim_jax.storage.checkpoint import (
-    CheckpointError,
-    DamagedError,
-    restore_config,
-    restore_part,
-    saved_steps,
-)
+from ddim_jax.process.schedule_config import ScheduleConfig
+from ddim_jax.storage.checkpoint import restore_config, restore_part
+from ddim_jax.storage.checkpoint_folder import CheckpointError, DamagedError, saved_steps
 from ddim_jax.training import collecting, loop
 from ddim_jax.training import step as training
 from ddim_jax.training.config import TrainConfig

@@ -16,7 +16,8 @@ from ddim_jax.data import batches, load
 from ddim_jax.networks.unet import UNetConfig, build
 from ddim_jax.process.schedule import linear_schedule
 from ddim_jax.sampling import initial_noise, make_sampler
-from ddim_jax.storage.checkpoint import Checkpoints, restore, restore_part, saved_steps
+from ddim_jax.storage.checkpoint import Checkpoints, restore, restore_part
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from ddim_jax.training import parallel
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.step import init_state, make_train_step

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddim_jax.networks.unet import make_apply
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.weights import load_model, save_diffusers
 from tests.diffusers_networks import draw, inputs, peer, run_peer, values
 

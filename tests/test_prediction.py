@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ddim_jax as ddim
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.predictor import prediction_of
 
 SCHEDULE = ddim.linear_schedule(1000)
 

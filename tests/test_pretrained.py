@@ -267,6 +267,14 @@ def test_what_is_stored_can_be_replaced(tmp_path):
     assert (model.config.dtype, model.schedule.num_steps) == ("bfloat16", 10)
     assert model.facts["schedule"]["kind"] == "cosine"
     assert model.prediction.kind == model.facts["prediction"] == "v"
+    x, t = jnp.zeros((1, *TINY.image_shape)), jnp.ones(1, jnp.int32)
+    for dtype, computed in (("bfloat16", True), ("float32", False), (None, False)):
+        model = load_model(tmp_path / "m", dtype=dtype)
+        assert ("bf16[" in str(jax.make_jaxpr(model.apply_fn)(model.params, x, t))) == computed
+        assert model.facts["model"]["dtype"] == model.config.dtype
+        assert_same(model.params, params)
+    with pytest.raises(ValueError, match="m: dtype must be 'float32' or 'bfloat16', got 'half'"):
+        load_model(tmp_path / "m", dtype="half")
 
 
 def test_the_shipped_model():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ddim_jax as ddim
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.weights.diffusers_methods import pndm
 from ddim_jax.weights.diffusers_recipe import recipe
 from ddim_jax.weights.diffusers_scheduler import (

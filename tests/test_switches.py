@@ -19,7 +19,7 @@ from ddim_jax.generation.condition import condition
 from ddim_jax.networks.blocks import average, timestep_embedding
 from ddim_jax.networks.flops import count_flops
 from ddim_jax.networks.unet import UNetConfig, abstract_params, build, count_params, make_apply
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.training.resuming import check_facts
 from ddim_jax.training.starting import start_from
 from ddim_jax.weights import from_facts, to_facts

@@ -19,7 +19,8 @@ from ddim_jax.data.sets import path_of
 from ddim_jax.evaluation import evaluate as measure
 from ddim_jax.evaluation import parse_extractor, reference_statistics, shipped_reference
 from ddim_jax.generation.condition import Labels, class_numbers
-from ddim_jax.generation.shards import iter_shards, read_settings
+from ddim_jax.generation.settings import read_settings
+from ddim_jax.generation.shards import iter_shards
 from ddim_jax.training.presets import DataConfig
 
 

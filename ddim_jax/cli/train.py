@@ -17,7 +17,8 @@ from ddim_jax.cli.options import ProcessOptions, Source, check_writable, describ
 from ddim_jax.cli.runs import check_apart, draw_loss, tell
 from ddim_jax.data import Dataset
 from ddim_jax.networks.unet import abstract_params, build, count_params
-from ddim_jax.storage.checkpoint import restore_config, saved_steps
+from ddim_jax.storage.checkpoint import restore_config
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from ddim_jax.training import fitting
 from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import PRESETS, Fitted, Preset

@@ -14,12 +14,15 @@ from tqdm import tqdm
 from ddim_jax.arrays import Array, ArrayLike, image_keys
 from ddim_jax.evaluation.figures import Figure
 from ddim_jax.pictures.images import to_model
-from ddim_jax.process.prediction import variance_of
+from ddim_jax.process.predictor import variance_of
+from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling import dequantise, ode_density, variational_bound
 from ddim_jax.sampling.learned import with_variance
 from ddim_jax.weights import Model
 
 BY = ("bound", "ode")
+# (denoiser, x_0, keys) → (nats, their standard error, parts, every term), each (B, ...) or None
+_Step = Callable[[Any, Array, Array], Any]
 
 
 class BitsPerDim(NamedTuple):
@@ -116,38 +119,21 @@ def bits_per_dim(
         )
     images = _checked(model, images, batch_size)
     size, shape = len(images), images.shape[1:]
+    numbers = np.arange(size) if numbers is None else np.asarray(numbers)
+    for name, given in (("numbers", numbers), ("labels", labels)):
+        if given is not None and np.shape(given) != (size,):
+            raise ValueError(
+                f"{name} must be one per image, ({size},), got shape {np.shape(given)}"
+            )
     if variance is None:
         variance = "small" if variance_of(model.apply_fn) is None else "learned"
     elif variance == "learned":
         with_variance(model.apply_fn)
-    numbers = np.arange(size) if numbers is None else np.asarray(numbers)
-    if numbers.shape != (size,):
-        raise ValueError(f"numbers must be one per image, ({size},), got shape {numbers.shape}")
-    if labels is not None and np.shape(labels) != (size,):
-        raise ValueError(f"labels must be one per image, ({size},), got shape {np.shape(labels)}")
 
-    def bound(denoise: Any, x_0: Array, keys: Array) -> Any:
-        b = variational_bound(
-            *(denoise, x_0, model.schedule, keys, tau),
-            eta=eta,
-            variance=variance,
-            num_terms=num_terms,
-        )
-        every = None if num_terms else jnp.concatenate([b.decoder[None], b.terms]).T
-        parts = {"prior": b.prior, "chain": b.nats - b.prior - b.decoder, "decoder": b.decoder}
-        return b.nats, b.se, parts, every
-
-    def ode(denoise: Any, x_0: Array, keys: Array) -> Any:
-        split = jax.vmap(jax.random.split)(keys)
-        x = dequantise(x_0, split[:, 0])
-        key = None if probes == "exact" else split[:, 1]
-        d = ode_density(
-            denoise, x, model.schedule, key, probes=probes, rtol=tolerance, atol=tolerance
-        )
-        calls = jnp.full(len(x), d.num_calls, jnp.float32)
-        return x[0].size * np.log(127.5) - d.log_density, d.se, {"calls": calls}, None
-
-    step = {"bound": bound, "ode": ode}[by]
+    if by == "bound":
+        step = _bound(model.schedule, tau, eta, variance, num_terms)
+    else:
+        step = _ode(model.schedule, probes, tolerance)
 
     @jax.jit
     def jitted(params: Any, pixels: Array, keys: Array, told: dict[str, Array]) -> Any:
@@ -184,6 +170,33 @@ def bits_per_dim(
         None if every is None else every.mean(0) / unit,
         asked,
     )
+
+
+def _bound(schedule: Schedule, tau: Any, eta: float, variance: str, num_terms: int | None) -> _Step:
+    """By the variational bound."""
+
+    def step(denoise: Any, x_0: Array, keys: Array) -> Any:
+        how: dict[str, Any] = {"eta": eta, "variance": variance, "num_terms": num_terms}
+        b = variational_bound(denoise, x_0, schedule, keys, tau, **how)
+        every = None if num_terms else jnp.concatenate([b.decoder[None], b.terms]).T
+        parts = {"prior": b.prior, "chain": b.nats - b.prior - b.decoder, "decoder": b.decoder}
+        return b.nats, b.se, parts, every
+
+    return step
+
+
+def _ode(schedule: Schedule, probes: Any, tolerance: float) -> _Step:
+    """By the density of the ODE at a point of the pixels' bins."""
+
+    def step(denoise: Any, x_0: Array, keys: Array) -> Any:
+        split = jax.vmap(jax.random.split)(keys)
+        x = dequantise(x_0, split[:, 0])
+        key = None if probes == "exact" else split[:, 1]
+        d = ode_density(denoise, x, schedule, key, probes=probes, rtol=tolerance, atol=tolerance)
+        calls = jnp.full(len(x), d.num_calls, jnp.float32)
+        return x[0].size * np.log(127.5) - d.log_density, d.se, {"calls": calls}, None
+
+    return step
 
 
 def _checked(model: Model, images: np.ndarray, batch_size: int) -> np.ndarray:

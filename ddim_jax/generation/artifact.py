@@ -88,8 +88,8 @@ def export_sampler(
       start: from x_T, or from a seed and the images' numbers.
       guidance: of a model with classes, whether there is a scale; it costs a second network call.
       weights: in the file, or beside it.
-      dtype: "float32"; "float16", which halves the weights and computes in float32; "bfloat16",
-        the weights and the network's activations, inside only. States are float32.
+      dtype: "float32"; "float16", which halves the weights alone; "bfloat16", the weights and the
+        network's activations, inside only. States are float32, activations else as the model says.
       platforms: some of "cpu", "cuda", "rocm", "tpu"; none of them need be here.
       image_shape: (H, W, C), of a model without a config.
       overwrite: replace the files if they exist.

@@ -20,7 +20,7 @@ from ddim_jax.arrays import Array, image_keys
 from ddim_jax.generation.condition import Condition
 from ddim_jax.pictures.images import to_uint8
 from ddim_jax.process import predicts
-from ddim_jax.process.prediction import Predictor, variance_of
+from ddim_jax.process.predictor import Predictor, variance_of
 from ddim_jax.sampling import (
     Method,
     classifier_free_labels,

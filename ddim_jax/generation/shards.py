@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import operator
 import os
 import pathlib
@@ -23,18 +22,15 @@ from tqdm import tqdm
 
 from ddim_jax.generation.condition import Labels, condition
 from ddim_jax.generation.drawing import batches_of, make_drawer
+from ddim_jax.generation.settings import FORMAT, claim, read_settings, shards_of
 from ddim_jax.process import as_timesteps, timesteps
-from ddim_jax.sampling import (
-    find_method,
-)
-from ddim_jax.storage.files import differences, write_whole
+from ddim_jax.sampling import find_method
+from ddim_jax.storage.files import write_whole
 from ddim_jax.version import __version__
 from ddim_jax.weights import Model
 from ddim_jax.weights.model import Stored, own_tau, stored
 
 AS_STORED = "as-stored"  # the method of `model.sampler`
-FORMAT = 2  # 1 had the number of shards in their names
-SETTINGS = "settings.json"
 
 
 def generate(
@@ -147,16 +143,9 @@ def generate(
         },
         "versions": {"ddim_jax": __version__, "jax": jax.__version__},
     }
-    settings = _claim(directory, settings)
-    mine = list(_shards(settings).items())[jax.process_index() :: jax.process_count()]
-    missing = []
-    for name, which in mine:
-        for leftover in directory.glob(f"{name}.*.tmp"):  # of a call that was killed
-            leftover.unlink()
-        if (directory / name).exists():
-            _open(directory / name, (len(which), *model.image_shape))
-        else:
-            missing.append((name, which))
+    settings = claim(directory, settings)
+    mine = list(shards_of(settings).items())[jax.process_index() :: jax.process_count()]
+    missing = _missing(directory, mine, model.image_shape)
     if not missing:
         return directory
 
@@ -206,7 +195,7 @@ def iter_shards(directory: str | os.PathLike[str]) -> Iterator[np.ndarray]:
     """
     directory = pathlib.Path(directory)
     settings = read_settings(directory)
-    shards = _shards(settings)
+    shards = shards_of(settings)
     if missing := [name for name in shards if not (directory / name).exists()]:
         raise FileNotFoundError(
             f"{directory} lacks {len(missing)} of {len(shards)} shards: {reprlib.repr(missing)}; "
@@ -249,15 +238,19 @@ def _tau(model: Model, steps: Any, spacing: str, usual: bool) -> np.ndarray:
     return as_timesteps(steps, schedule.num_steps)
 
 
-def _shards(settings: dict[str, Any]) -> dict[str, range]:
-    """File name → the numbers of its images."""
-    total, size = settings["num_images"], settings["shard_size"]
-    ends = sorted({*range(size, total, size), *settings.get("earlier", []), total})
-    of = f"-of-{len(ends):05d}" if settings["format"] == 1 else ""
-    return {
-        f"images-{i:05d}{of}.npy": range(start, end)
-        for i, (start, end) in enumerate(zip([0, *ends], ends))
-    }
+def _missing(
+    directory: pathlib.Path, shards: list[tuple[str, range]], shape: tuple[int, ...]
+) -> list[tuple[str, range]]:
+    """The shards that are yet to be drawn; ValueError where one that is there is damaged."""
+    missing = []
+    for name, which in shards:
+        for leftover in directory.glob(f"{name}.*.tmp"):  # of a call that was killed
+            leftover.unlink()
+        if (directory / name).exists():
+            _open(directory / name, (len(which), *shape))
+        else:
+            missing.append((name, which))
+    return missing
 
 
 def _digest(arrays: Any) -> str:
@@ -268,73 +261,6 @@ def _digest(arrays: Any) -> str:
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
-
-
-def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes the folder and its settings, or checks that they are the same, or lets it grow."""
-    settings = json.loads(json.dumps(settings, allow_nan=False))  # as they will be read
-    path = directory / SETTINGS
-    directory.mkdir(parents=True, exist_ok=True)
-    # Listed before looking for settings, which another process may be writing just now.
-    names = {p.name for p in directory.iterdir() if p.suffix != ".tmp"}
-    there = read_settings(directory) if path.exists() else None
-    allowed = set() if there is None else {SETTINGS, *_shards(there)}
-    if there is not None:
-        settings = _grown(directory, there, settings)
-        allowed |= set(_shards(settings))  # another process may have begun to let it grow
-    if foreign := sorted(names - allowed):
-        raise ValueError(
-            f"{directory} holds files that are not of these images: {reprlib.repr(foreign)}; "
-            "choose an empty folder"
-        )
-    if there != settings:
-        write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
-    return settings
-
-
-def _grown(directory: pathlib.Path, there: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the folder with as many images as are asked for now."""
-    had, wanted = there["num_images"], now["num_images"]
-    earlier = [*there.get("earlier", []), *([had] if had < wanted else [])]
-    if differ := differences(
-        {**there, "num_images": max(had, wanted), "earlier": earlier}, {**now, "earlier": earlier}
-    ):
-        more = [f"(no image is removed: ask for {had} or more)"] if had > wanted else []
-        raise ValueError(
-            "\n".join(
-                [f"{directory} holds images of other settings; choose another:", *differ, *more]
-            )
-        )
-    return {**now, "earlier": earlier}
-
-
-def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings of a folder of `generate`: "num_images", "image_shape", "tau", "model", ….
-
-    Raises:
-      FileNotFoundError: it is no such folder.
-      ValueError: `settings.json` is damaged, or from a newer version.
-    """
-    path = pathlib.Path(directory) / SETTINGS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is no folder of generated images: no {SETTINGS}, which ddim-jax generate "
-            "writes"
-        )
-    try:
-        settings: dict[str, Any] = json.loads(path.read_bytes())
-        newer = settings["format"] > FORMAT
-        if not newer:
-            _shards(settings)
-            tuple(settings["image_shape"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or not of ddim_jax: {error!r}") from error
-    if newer:
-        raise ValueError(
-            f"{path} has format {settings['format']}, this version reads up to {FORMAT}: "
-            "update ddim_jax"
-        )
-    return settings
 
 
 def _open(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -16,16 +16,10 @@ from ddim_jax.process.gaussian import (
     sigma_hat,
 )
 from ddim_jax.process.objective import loss
-from ddim_jax.process.prediction import (
-    PREDICTIONS,
-    Prediction,
-    from_x0_eps,
-    predicts,
-    to_x0_eps,
-)
+from ddim_jax.process.prediction import PREDICTIONS, Prediction, from_x0_eps, to_x0_eps
+from ddim_jax.process.predictor import predicts
 from ddim_jax.process.schedule import (
     Schedule,
-    ScheduleConfig,
     cosine_schedule,
     linear_schedule,
     rescale_zero_terminal_snr,
@@ -33,5 +27,6 @@ from ddim_jax.process.schedule import (
     schedule_from_alpha_bar,
     schedule_from_betas,
 )
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.process.spacing import as_timesteps, timesteps
 from ddim_jax.process.stepping import ddim_step, step

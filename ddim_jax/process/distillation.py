@@ -26,7 +26,8 @@ import numpy as np
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, per_image, wide
 from ddim_jax.process.gaussian import coefficients, forward_marginal
 from ddim_jax.process.objective import draws, weighted_error
-from ddim_jax.process.prediction import Prediction, from_x0_eps, prediction_of
+from ddim_jax.process.prediction import Prediction, from_x0_eps
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
 from ddim_jax.process.stepping import step

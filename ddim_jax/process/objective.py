@@ -21,7 +21,8 @@ from ddim_jax.arrays import (
     wide,
 )
 from ddim_jax.process.gaussian import coefficients, forward_marginal
-from ddim_jax.process.prediction import from_x0_eps, prediction_of
+from ddim_jax.process.prediction import from_x0_eps
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 
 

@@ -13,7 +13,7 @@ from jax.scipy.special import log_ndtr
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, image_keys, is_concrete, wide
 from ddim_jax.process.gaussian import Coefficients, coefficients, sigma_hat
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.learned import LearnedVariance, learned_variance, with_variance
 from ddim_jax.sampling.plan import pairs

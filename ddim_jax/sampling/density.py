@@ -11,7 +11,7 @@ import numpy as np
 from ddim_jax.arrays import Array, Denoiser, call, check_batch, image_keys, is_concrete, wide
 from ddim_jax.process.continuous import log_sigma, time_at
 from ddim_jax.process.gaussian import Coefficients
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 
 MAX_STEPS = 4096

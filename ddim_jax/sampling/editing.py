@@ -13,7 +13,7 @@ import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, image_keys, is_concrete
 from ddim_jax.process.gaussian import forward_marginal
-from ddim_jax.process.prediction import Predictor, prediction_of, variance_of
+from ddim_jax.process.predictor import Predictor, prediction_of, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
 from ddim_jax.sampling.plan import step_noise

@@ -14,13 +14,8 @@ import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, is_concrete, per_image, root, wide
 from ddim_jax.process.gaussian import coefficients
-from ddim_jax.process.prediction import (
-    Predictor,
-    from_x0_eps,
-    prediction_of,
-    same_prediction,
-    variance_of,
-)
+from ddim_jax.process.prediction import from_x0_eps
+from ddim_jax.process.predictor import Predictor, prediction_of, same_prediction, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.learned import with_variance
 
@@ -49,7 +44,7 @@ def classifier_free(
         all the same: a scan has one body, and a branch there would compile the network twice.
       rescale: φ in [0, 1], a scalar or (B,), may be traced: the output is given back that share of
         the contrast that guidance changed, ε ← (1 − φ + φ std ε(x, t | y)/std ε) ε with std over
-        the pixels of one image (Lin et al. 2023, §3.4, where 0.7 is chosen). Of the output itself:
+        the pixels of one image (Lin et al. 2024, §3.4, where 0.7 is chosen). Of the output itself:
         networks of ε, x_0 and v are rescaled differently. 0 is none.
 
     Returns:

@@ -20,7 +20,7 @@ from ddim_jax.arrays import (
     per_image,
     wide,
 )
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import step
 from ddim_jax.sampling.anderson import solve

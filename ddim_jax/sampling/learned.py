@@ -19,7 +19,7 @@ import numpy as np
 
 from ddim_jax.arrays import Array, Denoiser, per_image, root
 from ddim_jax.process.gaussian import Coefficients, ddim_sigma, sigma_hat
-from ddim_jax.process.prediction import variance_of
+from ddim_jax.process.predictor import variance_of
 from ddim_jax.process.schedule import Schedule
 
 

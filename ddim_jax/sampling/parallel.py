@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, is_concrete, wide
-from ddim_jax.process.prediction import prediction_of, to_x0_eps
+from ddim_jax.process.prediction import to_x0_eps
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import towards
 from ddim_jax.sampling.plan import Method, Plan, check_network, noise_keys, rows, step_noise

@@ -33,7 +33,8 @@ from ddim_jax.arrays import (
     wide,
 )
 from ddim_jax.process.gaussian import Coefficients, coefficients
-from ddim_jax.process.prediction import prediction_of, to_x0_eps
+from ddim_jax.process.prediction import to_x0_eps
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps
 from ddim_jax.process.stepping import towards

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, check_batch, image_keys, is_concrete, normal
-from ddim_jax.process.prediction import Predictor, prediction_of, variance_of
+from ddim_jax.process.predictor import Predictor, prediction_of, variance_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.sampling.methods import ddim
 from ddim_jax.sampling.plan import Method, Plan, check_network, noise_keys, run, with_noise

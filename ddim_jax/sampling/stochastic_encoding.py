@@ -17,7 +17,7 @@ from ddim_jax.arrays import (
     image_keys,
     wide,
 )
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.stepping import towards
 from ddim_jax.sampling.plan import Method, Plan, rows, step_noise

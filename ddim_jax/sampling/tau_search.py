@@ -17,7 +17,8 @@ import numpy as np
 
 from ddim_jax.arrays import Array, ArrayLike, Denoiser, call, check_batch, root, wide
 from ddim_jax.process.gaussian import Coefficients, coefficients
-from ddim_jax.process.prediction import Predictor, prediction_of, to_x0_eps
+from ddim_jax.process.prediction import to_x0_eps
+from ddim_jax.process.predictor import Predictor, prediction_of
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.process.spacing import as_timesteps, timesteps
 from ddim_jax.sampling.sampler import trajectory

@@ -6,13 +6,10 @@ carries a digest of its arrays, made on the devices: one bit changed on disk is 
 """
 
 import contextlib
-import hashlib
 import json
-import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import PathLike
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -21,22 +18,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from ddim_jax.storage.checkpoint_folder import (
+    CheckpointError,
+    DamagedError,
+    Path,
+    check_facts,
+    check_same,
+    damaged,
+    readable,
+    saved_steps,
+    sealed,
+    writable,
+)
 from ddim_jax.storage.digest import digests
-from ddim_jax.storage.files import differences
 
-FORMAT = 2
 STATE = "state"
 
 PyTree = Any
-Path = str | PathLike[str]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, foreign, or does not fit what is wanted of it."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint whose files are missing, cut short or garbled."""
 
 
 class Restored(NamedTuple):
@@ -101,7 +99,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until the last save is on disk, and releases Orbax's threads."""
-        with self._writable():
+        with writable(self.directory):
             try:
                 self._wait()
             finally:
@@ -127,15 +125,14 @@ class Checkpoints:
           CheckpointError: the step is not larger than the last, or the save before could not be
             written (the disk is full, say); earlier checkpoints stay.
         """
-        with self._writable():
+        with writable(self.directory):
             self._wait()
         latest = self._orbax.latest
         if latest is not None and step <= latest.step:
             raise CheckpointError(f"step {step} does not come after the saved step {latest.step}")
-        facts = {"format": FORMAT, "config": config, "data_state": data_state}
-        facts = json.loads(json.dumps(facts))  # a copy, as it is written later
+        facts = json.loads(json.dumps({"config": config, "data_state": data_state}))  # a copy
         copies = _room_beside(state) if self._copies is None else self._copies
-        with self._writable():
+        with writable(self.directory):
             if copies:
                 state = _copied(state)
                 self._begun = self._pool.submit(self._write, step, state, facts)
@@ -143,8 +140,7 @@ class Checkpoints:
                 self._write(step, state, facts)
 
     def _write(self, step: int, state: PyTree, facts: dict[str, Any]) -> None:
-        facts["digests"] = digests(_parts(state))
-        facts["sha256"] = _sha256(facts)
+        facts = sealed({**facts, "digests": digests(_parts(state))})
         self._orbax.save_checkpointables_async(
             step, {STATE: state}, force=True, custom_metadata=facts
         )
@@ -154,18 +150,6 @@ class Checkpoints:
         begun, self._begun = self._begun, None
         if begun:
             begun.result()
-
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            with _quiet(logging.ERROR):  # "Waiting for previous save …", across a progress bar
-                yield
-        except Exception as error:
-            there = _list(saved_steps(self.directory)) or "none"
-            raise CheckpointError(
-                f"could not write a checkpoint in {self.directory} (is the disk full?); those "
-                f"written before are intact: {there} ({_reason(error)})"
-            ) from error
 
 
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -180,38 +164,6 @@ def _room_beside(state: PyTree) -> bool:
     free = stats.get("bytes_limit", 0) - stats.get("peak_bytes_in_use", 0)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     return jax.process_count() == 1 and jax.default_backend() != "cpu" and size < free
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """The steps saved in `directory`, ascending; empty if there are none or no directory.
-
-    Raises:
-      CheckpointError: the directory cannot be listed.
-    """
-    path = pathlib.Path(directory)
-    try:
-        found = list(path.iterdir()) if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot read the directory {path}: {error}") from error
-    return sorted(int(p.name) for p in found if p.name.isdecimal())
-
-
-def set_aside(directory: Path, step: int) -> pathlib.Path:
-    """Moves a damaged checkpoint to `damaged/` beside `directory`; nothing is deleted.
-
-    Args:
-      directory: where `Checkpoints` wrote; no `Checkpoints` may be open on it.
-      step: which checkpoint.
-
-    Returns:
-      Where it is now.
-    """
-    directory = pathlib.Path(directory).resolve()
-    shelf = directory.parent / "damaged"
-    shelf.mkdir(exist_ok=True)
-    names = [str(step), *(f"{step}-{i}" for i in range(1, 1 + len(list(shelf.iterdir()))))]
-    free = next(name for name in names if not (shelf / name).exists())
-    return (directory / str(step)).rename(shelf / free)
 
 
 def restore(directory: Path, like: PyTree, step: int | None = None) -> Restored:
@@ -234,8 +186,8 @@ def restore(directory: Path, like: PyTree, step: int | None = None) -> Restored:
     error: CheckpointError | None = None
     try:
         path, facts, saved = _open(directory, step)
-        _check_same(path, _leaves(saved), _leaves(like))
-        with _readable(path), _alone():
+        check_same(path, saved, like)
+        with readable(path), _alone():
             state = ocp.load_checkpointables(path, {STATE: jax.tree.map(_abstract, like)})[STATE]
     except CheckpointError as failed:
         error = failed
@@ -275,7 +227,7 @@ def restore_part(directory: Path, part: str = "ema", step: int | None = None) ->
         name: jax.tree.map(abstract if name == part else lambda _: ..., tree)
         for name, tree in saved.items()
     }
-    with _readable(path):
+    with readable(path):
         found = ocp.load_checkpointables(path, {STATE: wanted})[STATE][part]
     _verify(path, facts, {part: found})
     return found
@@ -296,52 +248,18 @@ def _open(directory: Path, step: int | None) -> tuple[pathlib.Path, dict[str, An
         raise CheckpointError(f"{directory} {state if directory.is_dir() else 'does not exist'}")
     path = directory / str(steps[-1] if step is None else step)
     if int(path.name) not in steps:
-        raise CheckpointError(f"{directory} has no step {step}; it has {_list(steps)}")
+        raise CheckpointError(
+            f"{directory} has no step {step}; it has {', '.join(map(str, steps))}"
+        )
     if not path.is_dir():
-        raise DamagedError(f"{path} is damaged: it is not a folder{_others(path)}")
-    with _readable(path):
+        raise damaged(path, "it is not a folder")
+    with readable(path):
         metadata = ocp.checkpointables_metadata(path)
     facts, items = metadata.custom_metadata or {}, metadata.metadata or {}
-    if not isinstance(facts.get("format"), int):
-        raise DamagedError(f"{path} is damaged, or was not written by ddim_jax{_others(path)}")
-    if facts["format"] != FORMAT:
-        what = "update ddim_jax" if facts["format"] > FORMAT else "an older ddim_jax reads it"
-        raise CheckpointError(
-            f"{path} has format {facts['format']}, this version reads {FORMAT}: {what}"
-        )
-    if facts.get("sha256") != _sha256(facts):
-        raise DamagedError(
-            f"{path} is damaged: its configuration is not that which was saved{_others(path)}"
-        )
+    check_facts(path, facts)
     if not jax.tree.leaves(items.get(STATE)):
-        raise DamagedError(f"{path} is damaged: it has no arrays{_others(path)}")
+        raise damaged(path, "it has no arrays")
     return path, facts, items[STATE]
-
-
-@contextlib.contextmanager
-def _readable(path: pathlib.Path) -> Iterator[None]:
-    """Orbax raises many kinds of error on damaged files; here they become one that names it."""
-    try:
-        with _quiet(logging.CRITICAL):
-            yield
-    except Exception as error:
-        if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise CheckpointError(f"{path} cannot be read here: {_reason(error)}") from error
-        raise DamagedError(
-            f"{path} cannot be read and may be damaged{_others(path)} ({_reason(error)})"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet(lowest: int) -> Iterator[None]:
-    """Orbax's log, which goes to stderr, from this level on alone."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(lowest)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _alone() -> contextlib.AbstractContextManager[Any]:
@@ -355,20 +273,6 @@ def _alone() -> contextlib.AbstractContextManager[Any]:
     return ocp.Context(multiprocessing_options=options)
 
 
-def _sha256(facts: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in facts.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
-
-
-def _others(path: pathlib.Path) -> str:
-    steps = [step for step in saved_steps(path.parent) if step != int(path.name)]
-    return f"; other steps saved beside it: {_list(steps)}" if steps else ""
-
-
 def _parts(state: PyTree) -> Mapping[str, PyTree]:
     return state._asdict() if hasattr(state, "_asdict") else state
 
@@ -377,14 +281,7 @@ def _verify(path: pathlib.Path, facts: dict[str, Any], parts: Mapping[str, PyTre
     found = digests(parts)
     wrong = [name for name in found if found[name] != facts.get("digests", {}).get(name)]
     if wrong:
-        raise DamagedError(
-            f"{path} is damaged: the arrays of {', '.join(wrong)} are not those that were "
-            f"saved{_others(path)}"
-        )
-
-
-def _list(steps: list[int]) -> str:
-    return ", ".join(map(str, steps))
+        raise damaged(path, f"the arrays of {', '.join(wrong)} are not those that were saved")
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -392,21 +289,3 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         jax.devices()[0]
     )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _leaves(tree: PyTree) -> dict[str, str]:
-    """{"params/conv/kernel": "float32[3,3,1,8]", …}, for NamedTuples and dicts alike."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
-def _check_same(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    if differ := differences(saved, wanted):
-        more = [f"  and {len(differ) - 8} more"] if len(differ) > 8 else []
-        raise CheckpointError(
-            "\n".join([f"{path} does not fit this model or optimiser:", *differ[:8], *more])
-        )

@@ -24,7 +24,7 @@ from ddim_jax.process.distillation import halve_timesteps, loss_of_steps, two_st
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.prediction import Prediction
 from ddim_jax.process.spacing import as_timesteps
-from ddim_jax.storage.checkpoint import saved_steps
+from ddim_jax.storage.checkpoint_folder import saved_steps
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.loop import fit
 from ddim_jax.training.resuming import check_run

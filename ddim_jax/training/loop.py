@@ -17,11 +17,9 @@ from tqdm import tqdm
 
 from ddim_jax.data import Dataset
 from ddim_jax.networks.flops import flops_per_image
-from ddim_jax.process.prediction import predicts
+from ddim_jax.process.predictor import predicts
 from ddim_jax.process.schedule import Schedule
-from ddim_jax.storage.checkpoint import (
-    Checkpoints,
-)
+from ddim_jax.storage.checkpoint import Checkpoints
 from ddim_jax.training import averages, parallel
 from ddim_jax.training.collecting import Collected, Meter, forecast
 from ddim_jax.training.config import TrainConfig

@@ -16,7 +16,7 @@ from ddim_jax.data import Dataset
 from ddim_jax.data.sets import OWN
 from ddim_jax.networks.unet import UNetConfig
 from ddim_jax.pictures.images import crop_resize
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.training.config import TrainConfig
 
 

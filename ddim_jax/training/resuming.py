@@ -17,14 +17,8 @@ from jax.sharding import Mesh
 from ddim_jax.data import Dataset, changes, check_main_guard
 from ddim_jax.process.prediction import Prediction
 from ddim_jax.process.schedule import Schedule
-from ddim_jax.storage.checkpoint import (
-    CheckpointError,
-    DamagedError,
-    Restored,
-    restore,
-    saved_steps,
-    set_aside,
-)
+from ddim_jax.storage.checkpoint import Restored, restore
+from ddim_jax.storage.checkpoint_folder import CheckpointError, DamagedError, saved_steps, set_aside
 from ddim_jax.storage.files import differences, flat
 from ddim_jax.training import parallel
 from ddim_jax.training.config import TrainConfig

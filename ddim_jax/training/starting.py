@@ -14,7 +14,8 @@ import numpy as np
 
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.process.schedule import Schedule
-from ddim_jax.storage.checkpoint import CheckpointError, restore_config, saved_steps
+from ddim_jax.storage.checkpoint import restore_config
+from ddim_jax.storage.checkpoint_folder import CheckpointError, saved_steps
 from ddim_jax.storage.files import portable
 from ddim_jax.training.presets import Preset
 from ddim_jax.training.step import ApplyFn, Params

@@ -19,11 +19,8 @@ from ddim_jax.pictures.images import to_model
 from ddim_jax.process.gamma import find_gamma
 from ddim_jax.process.gaussian import coefficients
 from ddim_jax.process.objective import loss
-from ddim_jax.process.prediction import (
-    Prediction,
-    Predictor,
-    predicts,
-)
+from ddim_jax.process.prediction import Prediction
+from ddim_jax.process.predictor import Predictor, predicts
 from ddim_jax.process.schedule import Schedule
 from ddim_jax.training import parallel
 from ddim_jax.training.config import TrainConfig

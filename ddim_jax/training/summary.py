@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax.storage.checkpoint import CheckpointError, restore_config, restore_part, saved_steps
+from ddim_jax.storage.checkpoint import restore_config, restore_part
+from ddim_jax.storage.checkpoint_folder import CheckpointError, saved_steps
 from ddim_jax.training.run_folder import LOG, read_metrics, writer
 
 BLOCKS = "▁▂▃▄▅▆▇█"

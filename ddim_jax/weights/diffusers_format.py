@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddim_jax.networks.config import Params, UNetConfig
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.storage.weights_file import write_safetensors
 from ddim_jax.weights.containers import find_state
 from ddim_jax.weights.diffusers_config import unet_config, unet_settings

@@ -20,7 +20,7 @@ from ddim_jax.process import (
     predicts,
     timesteps,
 )
-from ddim_jax.process.prediction import prediction_of
+from ddim_jax.process.predictor import prediction_of
 from ddim_jax.sampling import Method, ddim, make_sampler
 from ddim_jax.weights.diffusers_recipe import recipe
 from ddim_jax.weights.openai_config import openai_recipe
@@ -151,7 +151,7 @@ def network_of(config: UNetConfig, prediction: Prediction, schedule: Schedule) -
 
     Example:
       >>> import ddim_jax as ddim
-      >>> from ddim_jax.process.prediction import variance_of
+      >>> from ddim_jax.process.predictor import variance_of
       >>> config = UNetConfig(out_channels=6)
       >>> network = network_of(config, Prediction(), ddim.linear_schedule(1000))
       >>> variance_of(network) is not None

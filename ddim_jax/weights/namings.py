@@ -11,7 +11,7 @@ import numpy as np
 
 from ddim_jax.networks.config import UNetConfig
 from ddim_jax.networks.paper import PAPER
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.weights.containers import few
 from ddim_jax.weights.diffusers_format import Contents, diffusers_name
 from ddim_jax.weights.openai_flags import Flags

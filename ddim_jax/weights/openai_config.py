@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.process.schedule import Schedule, ScheduleConfig
+from ddim_jax.process.schedule import Schedule
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.sampling import Method, clip_x0, ddim, ddpm
 from ddim_jax.weights.diffusers_recipe import Recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Collection
@@ -44,6 +45,7 @@ def load_model(
     image_size: int | tuple[int, int] | None = None,
     schedule: ScheduleConfig | None = None,
     prediction: str | None = None,
+    dtype: str | None = None,
     part: str | None = None,
     variant: str | None = None,
     ignore: Collection[str] = (),
@@ -75,6 +77,7 @@ def load_model(
       schedule: the noise schedule, in place of the one that is stored, if any.
       prediction: what the network predicts, "eps", "x_0", "v" or "edm", in place of what is stored;
         "eps" where nothing is.
+      dtype: "float32" or "bfloat16", which the network computes in, in place of what is stored.
       part: of a checkpoint with several networks, the name of one, such as "model" or "ema".
       variant: of a diffusers folder, such as "fp16"; by default the plain weights, or the only
         variant.
@@ -126,6 +129,7 @@ def load_model(
     try:
         stored = _read(path, kind, choices)
         config, schedule = config or stored.config, schedule or stored.schedule
+        config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
         prediction = prediction or stored.prediction
         if prediction not in PREDICTIONS:
             raise ValueError(f"unknown prediction type {prediction!r}; known are {PREDICTIONS}")

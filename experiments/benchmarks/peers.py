@@ -6,7 +6,6 @@ beside them stands what each library's product of two large matrices reaches.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 import shutil
@@ -22,8 +21,8 @@ import numpy as np
 
 import ddim_jax as ddim
 from ddim_jax.networks.config import UNetConfig
-from ddim_jax.networks.unet import abstract_params, build, make_apply
-from ddim_jax.process.schedule import ScheduleConfig
+from ddim_jax.networks.unet import abstract_params, build
+from ddim_jax.process.schedule_config import ScheduleConfig
 from ddim_jax.weights import to_facts
 
 OURS, NETWORK = "ours", "network"
@@ -33,6 +32,7 @@ MODES = {COMPILED: "default", REDUCED: "reduce-overhead"}  # of torch.compile
 SMALL = UNetConfig(
     image_size=8, channels=32, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,)
 )
+PASSES = 20  # timed at once where the machine's limits are measured
 Call = Callable[[], Any]
 
 
@@ -50,14 +50,6 @@ def random_model(config: UNetConfig) -> ddim.Model:
     )
     schedule = ScheduleConfig()
     return ddim.Model(apply_fn, params, schedule.build(), config, to_facts(schedule, config))
-
-
-def load_ours(folder: str, dtype: str) -> ddim.Model:
-    """The weights of a diffusers folder, computing in dtype, on the device."""
-    model = ddim.load_model(folder)
-    config = dataclasses.replace(model.config, dtype=dtype)
-    params = jax.tree.map(jnp.asarray, model.params)
-    return model._replace(config=config, apply_fn=make_apply(config), params=params)
 
 
 def place(dtype: str = "float32") -> dict[str, Any]:
@@ -126,33 +118,57 @@ def network_flops(config: UNetConfig) -> float:
     return flops
 
 
-def limits(side: str, dtype: str, small: bool) -> Call:
-    """A call that returns FLOP/s of a product of two large random matrices, and a copy's bytes/s.
+@partial(jax.jit, donate_argnums=0)
+def increased(x: jax.Array, passes: int) -> jax.Array:
+    """x + 1 + … + 1 by so many passes over x in one program, in place.
 
-    Bytes read and written count. Medians of ten, after two.
+    How many is known at run time alone: XLA neither unrolls the loop nor joins two passes.
     """
-    n = 256 if small else 8192
+    return jax.lax.fori_loop(0, passes, lambda _, x: x + 1, x)
+
+
+def limits(side: str, dtype: str, small: bool) -> Call:
+    """A call that returns FLOP/s of products of large random matrices, and memory's bytes/s.
+
+    Of both `PASSES` are timed at once, so that waiting is no part of them; medians of ten, after
+    two. Memory's is by x ← x + 1, whose bytes count as read and as written.
+    """
+    gpu = jax.default_backend() == "gpu" if is_ours(side) else place()["device"] == "cuda"
+    n, size = (256, 2**20) if small else (8192, 2**31) if gpu else (2048, 2**28)
     a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
+    zeros = size // jnp.dtype(dtype).itemsize
     if is_ours(side):
-        x, dot, more = jnp.asarray(a, dtype), jax.jit(jnp.dot), jax.jit(lambda v: -v)
-        large = jnp.broadcast_to(x, (8, n, n)) + 0
-        product, copy = partial(dot, x, x), partial(more, large)
-        done = jax.block_until_ready
+        x, dot, held = jnp.asarray(a, dtype), jax.jit(jnp.dot), [jnp.zeros(zeros, dtype)]
+        product, done = _queued(partial(dot, x, x)), jax.block_until_ready
+
+        def memory() -> jax.Array:
+            held[0] = increased(held[0], PASSES)
+            return held[0]
+
     else:
         import torch
 
-        y = torch.from_numpy(a).to(**place(dtype))
-        block, target = y.repeat(8, 1, 1), y.repeat(8, 1, 1)
-        product, copy = partial(torch.matmul, y, y), partial(target.copy_, block)
+        y, target = torch.from_numpy(a).to(**place(dtype)), torch.zeros(zeros, **place(dtype))
+        product, memory = _queued(partial(torch.matmul, y, y)), _queued(partial(target.add_, 1))
         done = lambda result: wait()  # noqa: E731
 
     def median(call: Call) -> float:
         times = [seconds(lambda: done(call())) for _ in range(12)]
         return statistics.median(times[2:])
 
-    size = 2 * 8 * n * n * jnp.dtype(dtype).itemsize
-    return lambda: {"flops_per_second": 2 * n**3 / median(product),
-                    "bytes_per_second": size / median(copy)}  # fmt: skip
+    return lambda: {"flops_per_second": PASSES * 2 * n**3 / median(product),
+                    "bytes_per_second": PASSES * 2 * size / median(memory)}  # fmt: skip
+
+
+def _queued(call: Call) -> Call:
+    """`PASSES` calls, the last one's result: on a GPU it returns before they are done."""
+
+    def calls() -> Any:
+        for _ in range(PASSES - 1):
+            call()
+        return call()
+
+    return calls
 
 
 def resident() -> float:

@@ -29,7 +29,7 @@ def latents(batch: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _ours(spec: dict[str, Any]) -> Call:
-    model, steps = peers.load_ours(spec["folder"], spec["dtype"]), spec["steps"]
+    model, steps = ddim.load_model(spec["folder"], dtype=spec["dtype"]), spec["steps"]
     x = jnp.asarray(latents(spec["batch"], model.image_shape))
     tau = ddim.timesteps(model.schedule.num_steps, steps, "leading")
     if spec["side"] == peers.NETWORK:

@@ -107,11 +107,11 @@ def _not_run(absent: Mapping[str, str]) -> list[str]:
 
 def _limits(figures: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     names = {OURS: "JAX", peers.EAGER: "PyTorch"}
-    lines = [f"| {machine.get('kind', 'this machine')} | matrix product, TFLOP/s | copy, GB/s |",
+    lines = [f"| {machine.get('kind', 'this machine')} | matrix product, TFLOP/s | memory, GB/s |",
              "|---|---|---|"]  # fmt: skip
     for side, row in figures.items():
-        rate, copied = row["flops_per_second"] / 1e12, row["bytes_per_second"] / 1e9
-        lines.append(f"| {names[side]} | {rate:.4g} | {copied:.4g} |")
+        rate, moved = row["flops_per_second"] / 1e12, row["bytes_per_second"] / 1e9
+        lines.append(f"| {names[side]} | {rate:.4g} | {moved:.4g} |")
     return "\n".join(lines)
 
 

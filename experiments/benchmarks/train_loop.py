@@ -31,6 +31,7 @@ import optax
 
 from ddim_jax.data import batches, load
 from ddim_jax.networks.unet import build
+from ddim_jax.storage.files import portable
 from ddim_jax.training import feeding, parallel
 from ddim_jax.training.loop import fit
 from ddim_jax.training.presets import PRESETS
@@ -192,8 +193,10 @@ def figures(loop: Loop) -> dict[str, Any]:
     flops, last = 3 * peers.network_flops(loop.network), rounds[-1]["last"]
     by_hand = last["images_per_second"] * flops
     peak = parallel.peak_flops(jax.devices()[0].device_kind)
+    settings = dataclasses.asdict(loop.settings) | {"batch_size": loop.config.batch_size}
+    del settings["data_dir"]  # where it lies on this machine
     return {
-        "settings": dataclasses.asdict(loop.settings) | {"batch_size": loop.config.batch_size},
+        "settings": settings | {"data": portable(settings["data"] or loop.dataset.name)},
         "seconds": {k: peers.spread(v) for k, v in parts.items()},
         "speed_over_hand": ratio("hand", "fit"),
         "resumed_over_fresh": ratio("fit", "resumed"),

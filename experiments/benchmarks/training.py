@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ddim_jax as ddim
 from ddim_jax.training.config import TrainConfig
 from ddim_jax.training.step import init_state, make_train_step
 from experiments.benchmarks import peers
@@ -47,7 +48,7 @@ def inputs(batch: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 def _ours(spec: dict[str, Any], train: TrainConfig) -> tuple[Call, Any]:
     """One pass, and what waits for its result."""
-    model = peers.load_ours(spec["folder"], spec["dtype"])
+    model = ddim.load_model(spec["folder"], dtype=spec["dtype"])
     image, t = inputs(spec["batch"], model.image_shape)
     apply_fn, params = model.apply_fn, model.params
     x, times, key = jnp.asarray(image), jnp.asarray(t), jax.random.key(1)
