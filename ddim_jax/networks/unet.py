@@ -227,11 +227,12 @@ def computed(params: Params, config: UNetConfig) -> Params:
         >>> params["conv_in"]["bias"].dtype, params["norm_out"]["bias"].dtype
         (dtype(bfloat16), dtype('float32'))
     """
-    if not isinstance(params, dict):
-        return params
     if "kernel" in params:
         return {name: jnp.asarray(leaf, config.dtype) for name, leaf in params.items()}
-    return {name: computed(part, config) for name, part in params.items()}
+    return {
+        name: computed(part, config) if isinstance(part, dict) else part
+        for name, part in params.items()
+    }
 
 
 def _init(abstract: Params, key: jax.Array) -> Params:
