@@ -17,10 +17,12 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ddim_jax import data
+from tests.tiny import shuffle_once
 
 
 def indexed(size, name="indexed"):
     """A data set whose image i is a single pixel pair spelling i, with label i."""
+    shuffle_once()
 
     def read(i):
         pixels = np.stack([i // 256, i % 256], -1).astype(np.uint8)
