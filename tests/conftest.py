@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax"))
 os.environ.setdefault("DDIM_JAX_CACHE", os.path.abspath(".cache/data"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # several spin while they wait for one another
 import jax
 import jax._src.interpreters.mlir  # in every JAX, but promised by none
 import jaxlib
@@ -100,6 +101,8 @@ LONG_PAGES = {
     "guidance.md",
     "how-do-i.md",
     "latents.md",
+    "networks.md",
+    "oracles.md",
     "sampling.md",
     "solvers.md",
     "training.md",
@@ -132,6 +135,12 @@ def one_trace():
         patch.setattr(feeding, "make_steps", functools.cache(feeding.make_steps))
         patch.setattr(drawing, "make_draw", shared_draw)
         yield
+
+
+def pytest_collection_finish():
+    """What was imported stays: it need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():

@@ -255,17 +255,22 @@ def test_names_say_the_method_and_its_eta():
     assert str(sampling[2]) == "S = 50, dpm-solver-2, eta = 0.5, seed 0"
 
 
-def test_dry_run_of_every_preset(command, tmp_path):
-    for name, make in PRESETS.items():
-        if name == "images":  # it has no data of its own
-            continue
-        said = command(f"train {name} --dry-run --train.seed 12")
-        parameters = count_params(abstract_params(make().model))
-        assert f"parameters: {parameters:,}" in said
-        assert "seed: 12" in said
-        assert (
-            "\nchecked: 1,797 images" if name.startswith("digits") else "\nnot checked, as"
-        ) in said
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("digits", "cifar10")))
+        for name in PRESETS
+        if name != "images"  # it has no data of its own
+    ],
+)
+def test_dry_run_of_every_preset(command, tmp_path, name):
+    said = command(f"train {name} --dry-run --train.seed 12")
+    parameters = count_params(abstract_params(PRESETS[name]().model))
+    assert f"parameters: {parameters:,}" in said
+    assert "seed: 12" in said
+    assert (
+        "\nchecked: 1,797 images" if name.startswith("digits") else "\nnot checked, as"
+    ) in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -442,12 +447,12 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_a_signal_ends_the_command_with_its_own_code(command, tmp_path, monkeypatch, capsys):
     from ddim_jax.training.run_folder import StopSignals
 
-    monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 3)
+    monkeypatch.setattr(StopSignals, "requested", lambda self, step: step == 1)
     with pytest.raises(SystemExit) as stop:
-        command(f"train digits --out run {SMALLEST} --train.num-updates 6")
+        command(f"train digits --out run {SMALLEST} --train.num-updates 4")
     assert stop.value.code == 75
-    assert "stopped by a signal at step 3, saved in run" in capsys.readouterr().err
-    assert saved_steps(tmp_path / "run" / "checkpoints")[-1] == 3
+    assert "stopped by a signal at step 1, saved in run" in capsys.readouterr().err
+    assert saved_steps(tmp_path / "run" / "checkpoints")[-1] == 1
 
 
 def test_generate_many_images(command, tmp_path, monkeypatch):
@@ -596,7 +601,7 @@ def test_every_command_knows_what_the_network_predicts(command, tmp_path, predic
         command(f"sample {name} --num-images 4 --batch-size 12 --steps 3 --out d.png --overwrite")
         with Image.open("d.png") as image:
             assert differ_by_rounding(image, grid(expected[:4], scale=8))
-    command("generate again.safetensors --out many --num-images 12 --steps 3")
+    command("generate again.safetensors --out many --num-images 12 --batch-size 10 --steps 3")
     assert differ_by_rounding(next(iter_shards("many")), to_uint8(expected))
     settings = json.loads((tmp_path / "many" / "settings.json").read_text())
     assert settings["model"]["prediction"] == prediction
@@ -606,7 +611,7 @@ def test_every_command_knows_what_the_network_predicts(command, tmp_path, predic
 def test_cifar10_is_compared_with_what_ships(command, tmp_path):
     """The data are not there; of classes of it nothing ships."""
     ddim.save_model("m.safetensors", unet_model("v", image_size=32, in_channels=3, num_classes=10))
-    command("generate m.safetensors --out many --num-images 4 --steps 1 --labels all")
+    command("generate m.safetensors --out many --num-images 4 --batch-size 4 --steps 1 --labels all")
     line = "evaluate many --data cifar10 --extractor resnet56 --blocks 2"
     said = command(line)
     assert "the data are not at hand: compared with the statistics that ship\nFD-ResNet56" in said
@@ -626,7 +631,7 @@ def test_what_a_pytorch_file_does_not_say_is_given(command, tmp_path):
     command(f"sample {given} --num-images 12 --batch-size 12 --steps 3 --out drawn.png")
     with Image.open("drawn.png") as image:
         assert differ_by_rounding(image, grid(drawn_by(model, 12), scale=8))
-    command(f"generate {given} --out many --num-images 2 --steps 3")
+    command(f"generate {given} --out many --num-images 2 --batch-size 2 --steps 3")
     command(f"export {given} --dtype bfloat16 m.safetensors")
     again = ddim.load_model("m.safetensors")
     assert (again.prediction.kind, again.config.dtype) == ("v", "bfloat16")

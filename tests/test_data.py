@@ -17,10 +17,12 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ddim_jax import data
+from tests.tiny import shuffle_once
 
 
 def indexed(size, name="indexed"):
     """A data set whose image i is a single pixel pair spelling i, with label i."""
+    shuffle_once()
 
     def read(i):
         pixels = np.stack([i // 256, i % 256], -1).astype(np.uint8)
@@ -302,6 +304,7 @@ def test_worker_processes_want_a_main_guard(tmp_path, source, fine):
             runpy.run_path(str(path), scope, "__main__")
 
 
+@pytest.mark.slow
 def test_a_plain_script_with_worker_processes_ends_at_once(tmp_path):
     path = tmp_path / "plain.py"
     call = "next(data.batches(data.load('digits'), 8, 0, num_workers=1))"

@@ -419,6 +419,7 @@ def test_without_its_data_a_table_may_be_not_run(without):
     assert said == "mnist, its data, is not at hand"
 
 
+@pytest.mark.slow
 def test_without_data_table2_encodes_what_the_model_draws(without):
     words = "--steps 2 --num-images 4 --batch-size 4 --exact-steps 0 --reach-steps 0"
     words += " --exact-samples 2 --reach-samples 2"
@@ -475,6 +476,7 @@ def test_the_parts_of_the_paper_are_taken(monkeypatch):
     assert seen == list(parts)
 
 
+@pytest.mark.slow
 def test_one_step_serves_every_plan():
     """Image k is that of `sample`, η = 0 and 1, S = 2 and 3, by one compiled program."""
     model = ddim.load_model("digits")

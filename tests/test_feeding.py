@@ -50,6 +50,7 @@ def test_calls_of_many_updates_make_the_same_run(tmp_path, plain, resident, most
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_run_in_calls_is_resumed_bit_for_bit(tmp_path, monkeypatch):
     changes = {**MANY, "sample_every": 0, "post_hoc": True}
     whole = run(tmp_path / "whole", changes=changes)

@@ -137,6 +137,7 @@ def test_the_number_of_devices_changes_no_bit(network, draw):
         assert contents(folder) == contents(folders[0])
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_rounding_alone(network, draw):
     a, b = (
         images(draw(f"by {size}", network, 120, 4, batch_size=size, shard_size=120)).astype(int)

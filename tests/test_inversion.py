@@ -144,6 +144,7 @@ def test_invert_is_exact_on_the_mixture(steps):
     assert error[np.asarray(result.converged)].max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_invert_is_exact_on_the_smooth_digits():
     digits = (load_digits().data / 8 - 1).astype(np.float32)
     denoise = jax.jit(oracle.empirical(SCHEDULE, digits, VARIANCE))

@@ -162,6 +162,7 @@ def mixture_log_density(x):
     return np.logaddexp.reduce(logs, axis=1)
 
 
+@pytest.mark.slow
 def test_the_density_of_a_mixture():
     points, truth = jnp.asarray(POINTS, jnp.float32), mixture_log_density(POINTS)
     exact = ddim.ode_density(MIXTURE, points, FINE, probes="exact", rtol=1e-7, atol=1e-7)

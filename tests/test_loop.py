@@ -93,12 +93,10 @@ def test_a_run_folder_holds_all_that_a_reader_needs(tmp_path, capsys):
     assert "11/11" in capsys.readouterr().err
 
 
-def test_logged_values_are_means_over_the_interval(tmp_path):
-    train(tmp_path / "each", make_config(log_every=1))
-    train(tmp_path / "four", make_config(log_every=4))
-    each = np.array(logged(tmp_path / "each"))
-    four = np.array(logged(tmp_path / "four"))
-    np.testing.assert_allclose(four[:, 1:], each[:, 1:].reshape(3, 4, 2).mean(1), rtol=1e-6)
+def test_logged_values_are_means_over_the_interval(tmp_path, unbroken):
+    train(tmp_path, make_config(log_every=1))
+    each, two = np.array(logged(tmp_path)), np.array(unbroken[1])
+    np.testing.assert_allclose(two[:, 1:], each[:, 1:].reshape(6, 2, 2).mean(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("killed_at", [2, 6, pytest.param(10, marks=pytest.mark.slow)])
@@ -117,11 +115,10 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, unbroken, killed_at):
     assert logged(tmp_path / "broken") == unbroken[1]
 
 
-def test_a_finished_run_can_be_made_longer(tmp_path):
-    unbroken = train(tmp_path / "long", make_config(num_updates=20))
-    train(tmp_path / "short", make_config(num_updates=8))
-    assert_same(train(tmp_path / "short", make_config(num_updates=20), resume="must"), unbroken)
-    assert logged(tmp_path / "short") == logged(tmp_path / "long")
+def test_a_finished_run_can_be_made_longer(tmp_path, unbroken):
+    train(tmp_path, make_config(num_updates=8))
+    assert_same(train(tmp_path, resume="must"), unbroken[0])
+    assert logged(tmp_path) == unbroken[1]
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path):
@@ -281,6 +278,7 @@ def oblong(
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_oblong_images_is_read_as_such(tmp_path, one_device):
     said = []
     state = oblong(tmp_path, facts=to_facts(TEN, OBLONG), say=said.append)
@@ -359,17 +357,15 @@ def send_at(step, number):
         pytest.param(signal.SIGINT, 8, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_the_resumed_run_is_the_unbroken_run(tmp_path, number, at):
-    config = make_config(num_updates=14, log_every=4 if at == 8 else 2)
-    unbroken = train(tmp_path / "whole", config)
+def test_a_signal_saves_and_the_resumed_run_is_the_unbroken_run(tmp_path, unbroken, number, at):
     before = signal.getsignal(number)
     with pytest.raises(Preempted, match=f"at step {at + 1}, saved .*--resume auto") as stopped:
-        train(tmp_path / "cut", config, on_log=send_at(at, number))
+        train(tmp_path, on_log=send_at(at, number))
     assert stopped.value.step == at + 1  # in the middle of an interval of metrics
-    assert saved_steps(tmp_path / "cut" / "checkpoints")[-1] == at + 1
+    assert saved_steps(tmp_path / "checkpoints")[-1] == at + 1
     assert signal.getsignal(number) == before
-    assert_same(train(tmp_path / "cut", config, resume="must"), unbroken)
-    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert_same(train(tmp_path, resume="must"), unbroken[0])
+    assert logged(tmp_path) == unbroken[1]
 
 
 def test_a_second_signal_is_the_systems_own(tmp_path):
@@ -533,7 +529,7 @@ def test_a_run_that_would_skip_everything_stops(tmp_path, one_device):
         return params["w"] * x * jnp.nan
 
     config = make_config(skip_nonfinite=True, num_updates=200, checkpoint_every=200)
-    arguments = (always_nan, {"w": jnp.float32(1)}, SCHEDULE, make_dataset(), config)
+    arguments = (always_nan, {"w": jnp.float32(1)}, SCHEDULE, make_dataset(2000), config)
     with pytest.raises(FloatingPointError, match="the 100 updates up to step 100 were all skipped"):
         fit(*arguments, tmp_path, progress=False)
 

@@ -133,7 +133,8 @@ def test_pf_euler_against_a_loop():
     np.testing.assert_allclose(got, x_bar, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("spacing", ["linear", pytest.param("quadratic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
 def test_on_digits_20_steps_of_order_2_match_50_of_ddim(spacing):
     """Against 200 steps of order 3, which 1000 change by less than 1e-6."""
     denoise, x_T, fine = digits()

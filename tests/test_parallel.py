@@ -35,8 +35,8 @@ MODEL = UNetConfig(
     attention_resolutions=(),
     num_classes=10,
 )
-MESHES = [(8, 1, False), (4, 2, False)]
-SLOW = [(1, 8, False), (2, 1, False), (4, 1, False), (8, 1, True), (4, 2, True), (1, 8, True)]
+MESHES = [(4, 2, False)]
+SLOW = [(8, 1, False), (1, 8, False), (2, 1, False), (4, 1, False), (8, 1, True), (4, 2, True), (1, 8, True)]
 TRAIN = TrainConfig(batch_size=16, warmup_steps=5, learning_rate=1e-3, flip=True)
 
 
@@ -96,7 +96,8 @@ def test_losses_do_not_depend_on_the_devices(data, fsdp, unet):
     np.testing.assert_allclose(run(make_mesh(data, fsdp), unet=unet)[1], alone(unet), rtol=1e-5)
 
 
-def test_accumulated_parts_are_the_whole_batch():
+@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((1, 1), marks=pytest.mark.slow)])
+def test_accumulated_parts_are_the_whole_batch(mesh):
     def without_dropout(params, x, t, key):
         return worker.network(params, x, t)
 
@@ -112,8 +113,7 @@ def test_accumulated_parts_are_the_whole_batch():
         return values
 
     whole = losses(make_mesh(1), 1)
-    np.testing.assert_allclose(losses(make_mesh(1), 4), whole, rtol=1e-5)
-    np.testing.assert_allclose(losses(make_mesh(2, 2), 4), whole, rtol=1e-5)
+    np.testing.assert_allclose(losses(make_mesh(*mesh), 4), whole, rtol=1e-5)
 
 
 def test_fsdp_divides_the_bytes_of_parameters_average_and_optimiser():

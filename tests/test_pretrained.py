@@ -32,6 +32,7 @@ from tests.tiny import assert_same
 
 PARAMS = unet.abstract_params(TINY)
 FACTS = to_facts(ScheduleConfig(), TINY)
+SMALLEST = dataclasses.replace(TINY, multipliers=(1,), attention_resolutions=())
 
 
 def authors_state(shift=0.0):
@@ -174,10 +175,7 @@ def test_a_name_of_the_paper(tmp_path, small_paper):
 
 
 def test_run_folder_by_step_and_part(tmp_path):
-    config = unet.UNetConfig(
-        image_size=8, channels=32, multipliers=(1,), num_blocks=1, attention_resolutions=()
-    )
-    abstract = unet.abstract_params(config)
+    abstract = unet.abstract_params(SMALLEST)
     like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=5) as checkpoints:
         for step in (1, 2):
@@ -185,7 +183,7 @@ def test_run_folder_by_step_and_part(tmp_path):
                 "params": jax.tree.map(lambda leaf, v=step: leaf + v, like),
                 "ema": jax.tree.map(lambda leaf, v=step: leaf + 10 * v, like),
             }
-            checkpoints.save(step, state, {}, to_facts(ScheduleConfig(), config))
+            checkpoints.save(step, state, {}, to_facts(ScheduleConfig(), SMALLEST))
 
     def value(**options):
         return float(load_model(tmp_path / "run", **options).params["conv_in"]["bias"][0])
@@ -244,16 +242,16 @@ def test_oblong_images(tmp_path):
 
 
 def test_a_run_that_does_not_say_its_network(tmp_path):
-    params = unet.build(TINY, jax.random.key(0))[1]
+    params = unet.build(SMALLEST, jax.random.key(0))[1]
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, {"params": params, "ema": params}, {}, {"train": {}})
     with pytest.raises(ValueError, match=r"(?s)no facts.*restore_part\('.*checkpoints', 'ema'\)"):
         load_model(tmp_path / "run")
     with pytest.raises(ValueError, match="holds no noise schedule"):
-        load_model(tmp_path / "run", config=TINY)
-    model = load_model(tmp_path / "run", config=TINY, schedule=ScheduleConfig())
+        load_model(tmp_path / "run", config=SMALLEST)
+    model = load_model(tmp_path / "run", config=SMALLEST, schedule=ScheduleConfig())
     assert_same(model.params, params)
-    assert model.config == TINY
+    assert model.config == SMALLEST
 
 
 def test_what_is_stored_can_be_replaced(tmp_path):

@@ -172,6 +172,7 @@ def test_one_call_writes_every_kind_of_file(command, model, tmp_path):
     assert not (tmp_path / "singles" / names[0]).exists()
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_no_bit(model):
     """Images and their way, drawn by one device and by all eight."""
     asked = condition(model, "all", 2.0, (300, 800))
@@ -297,6 +298,7 @@ def test_info_and_files_know_the_names(command, model):
     assert (loaded.label_names, loaded.config) == (tuple(NAMES), model.config)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_classes_by_the_same_options(command):
     """Images drawn as 'cat' and '7' in turn, of the classes 0 and 2 of ten; the data's likewise."""
     config = dataclasses.replace(ddim.load_model("m.safetensors").config, num_classes=10)

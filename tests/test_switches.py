@@ -30,6 +30,7 @@ from tests import pseudo_weights
 from tests.diffusers_networks import STORED, inputs
 
 CASES = json.loads(STORED.read_text())
+DEAR = (0, 1, 4, 6)  # three levels, or two blocks in each
 
 
 def pseudo_params(config):
@@ -44,7 +45,13 @@ def pseudo_params(config):
     return from_state_dict(state, config, lambda name: diffusers_name(name, config))
 
 
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (i in DEAR), id=str(i))
+        for i, case in enumerate(CASES)
+    ],
+)
 def test_outputs_of_diffusers(case):
     """In float64 there, in float32 here: a hundred layers of 6e-8, grown by the norms."""
     config = unet_config(case["settings"])

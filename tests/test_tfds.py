@@ -190,12 +190,15 @@ def labels_of(batches):
     return np.concatenate([next(batches)["label"] for _ in range(10)])
 
 
-def test_skipping_in_batches_and_workers(damaged):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_skipping_in_batches_and_workers(damaged, workers):
     """The same batches, and in the end the same warnings, whoever reads the records."""
     results = []
-    for workers in (0, 1):
+    for threads, readers in ((0, 0), (1, workers)):
         dataset = data.load("noisy_images", data_dir=damaged[0], on_corrupt="skip")
-        batches = data.batches(dataset, 8, 0, num_workers=workers, num_threads=1, prefetch=1)
+        batches = data.batches(
+            dataset, 8, 0, num_workers=readers, num_threads=threads, prefetch=threads
+        )
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             labels = labels_of(batches)
@@ -204,7 +207,7 @@ def test_skipping_in_batches_and_workers(damaged):
     assert results[0] == results[1]
     stopping = data.load("noisy_images", data_dir=damaged[0])
     with pytest.raises(ValueError, match=r"noisy_images/1.0.0 train: cannot read image \d+"):
-        labels_of(data.batches(stopping, 8, 0, num_workers=1))
+        labels_of(data.batches(stopping, 8, 0, num_workers=workers))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_the_update_is_clipped_warmed_up_adam_with_a_moving_average(monkeypatch,
     assert np.abs(theta - [0.5, -0.25]).max() > 0.1  # it went somewhere
 
 
+@pytest.mark.slow
 def test_training_finds_the_optimal_linear_denoiser():
     """Pixels ±1 have mean 0 and variance 1, so the best ε(x, t) = w_t x has w_t = √(1 − ᾱ_t)."""
     alpha_bar = np.array([1, 0.8, 0.4, 0.05])
@@ -78,7 +79,13 @@ def test_training_finds_the_optimal_linear_denoiser():
 
 
 @pytest.mark.parametrize(
-    ("kind", "gamma"), [("eps", "one"), ("x_0", "min-snr-5"), ("v", "one"), ("edm", "edm")]
+    ("kind", "gamma"),
+    [
+        ("eps", "one"),
+        pytest.param("x_0", "min-snr-5", marks=pytest.mark.slow),
+        pytest.param("v", "one", marks=pytest.mark.slow),
+        ("edm", "edm"),
+    ],
 )
 def test_every_objective_learns_to_the_loss_of_the_exact_denoiser(kind, gamma):
     """Of images N(μ, s² I) the exact denoiser is affine, with t-by-t mean squared errors

@@ -54,7 +54,7 @@ def case():
     return normal(*SHAPE), normal(3, 3, 64, 64, seed=1), normal(*SHAPE, seed=2)
 
 
-@pytest.mark.parametrize("padding", [SAME, ((0, 1), (2, 1))])
+@pytest.mark.parametrize("padding", [pytest.param(SAME, marks=pytest.mark.slow), ((0, 1), (2, 1))])
 def test_gradients_are_float64s(case, padding):
     x, kernel, _ = case
     y, pull = jax.vjp(jax.jit(lambda x, kernel: ours(x, kernel, 1, padding)), x, kernel)
