@@ -379,6 +379,23 @@ def test_samplers_convert_the_weights_before_their_loop(tiny):
     assert conversions_in_loops(program(model._replace(config=None))) > 3
 
 
+@pytest.mark.parametrize(
+    "params", [None, 2.0, (1.0, 1.0), {"kernel": {"deep": 2.0}}, {"kernel": np.float32(1 / 3)}]
+)
+def test_weights_of_another_network_stay_as_they_are(params):
+    """Which says bfloat16 of our U-Net, and takes weights of its own form."""
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+
+    def apply_fn(params, x, t):
+        return x * sum(jax.tree.leaves(params))
+
+    model = ddim.Model(apply_fn, params, ddim.linear_schedule(1000), config)
+    assert model.computed(params) is params
+    x_T, tau = images(), [1, 1000]
+    got = ddim.make_sampler(model, tau)(x_T)
+    np.testing.assert_array_equal(got, ddim.make_sampler(model._replace(config=None), tau)(x_T))
+
+
 def test_it_is_traced_once_for_all_programs():
     apply_fn, x, t = make_apply(TINY), images(), np.array([3, 900])
     assert make_apply(dataclasses.replace(TINY)) is apply_fn

@@ -212,7 +212,8 @@ def count_params(params: Params) -> int:
 def computed(params: Params, config: UNetConfig) -> Params:
     """The weights as the network computes with them: those of a product in `config.dtype`.
 
-    What comes out is the same, but a loop that is given these converts nothing in its body.
+    What comes out is the same, but a loop that is given these converts nothing in its body. A
+    gradient through such a loop is summed over its steps in `config.dtype`.
 
     Args:
         params: of the network.

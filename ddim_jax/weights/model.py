@@ -74,6 +74,8 @@ class Model(NamedTuple):
     def computed(self, params: Any) -> Any:
         """Such weights in the dtypes that the network computes with, for a loop to convert none.
 
+        Those of a network of your own stay as they are, whatever `config` says of dtypes.
+
         Example:
           >>> import ddim_jax as ddim
           >>> model = ddim.load_model("digits")
@@ -82,9 +84,10 @@ class Model(NamedTuple):
         """
         if getattr(self.config, "dtype", "float32") == "float32":
             return params
-        from ddim_jax.networks.unet import computed  # here, as flax takes half a second to import
+        from ddim_jax.networks.unet import abstract_params, computed  # here, as flax is slow
 
-        return computed(params, self.config)
+        ours = jax.tree.structure(params) == jax.tree.structure(abstract_params(self.config))
+        return computed(params, self.config) if ours else params
 
     def __repr__(self) -> str:
         shape = "" if self.config is None else "×".join(map(str, self.image_shape)) + ", "
