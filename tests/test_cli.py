@@ -339,6 +339,7 @@ def test_presets_say_command_hardware_and_score():
         ("sample nothing --tau 1,5 --steps 3", "not both"),
         ("sample digits --seed 4294967296", r"--seed must be in 0..2\*\*32 - 1"),
         ("export digits new --diffusers --float16", "--float16 is for a file"),
+        ("export digits new --diffusers --dtype bfloat16", "--dtype is for a file"),
         ("export digits no/such.safetensors", "there is no folder no for such.safetensors"),
         ("sample digits --num-images 0", "at least one image"),
         ("sample digits --out drawn.jpg", "must end in .png"),

@@ -58,7 +58,7 @@ def export(
     """Write a model as a .safetensors file or a diffusers folder, or a sampler as .stablehlo.
 
     A network trained in bfloat16 says so, and draws in it everywhere; --dtype float32 makes it say
-    that instead, which is faster on a CPU. The weights are float32 in any case.
+    that instead, which is faster on a CPU. It changes no weights.
 
     Args:
       model: a run folder (its moving average is taken), or anything that `sample` takes.
@@ -72,6 +72,8 @@ def export(
     whole = out.suffix == SUFFIX and not diffusers
     if diffusers and float16:
         raise ValueError("--float16 is for a file; a diffusers folder is float32")
+    if diffusers and source.dtype is not None:
+        raise ValueError("--dtype is for a file; a diffusers folder does not say it")
     if not whole and not diffusers and out.suffix != ".safetensors":
         raise ValueError(
             f"a model is written as one .safetensors file, or with --diffusers as a folder; got "
