@@ -268,9 +268,7 @@ def test_dry_run_of_every_preset(command, tmp_path, name):
     parameters = count_params(abstract_params(PRESETS[name]().model))
     assert f"parameters: {parameters:,}" in said
     assert "seed: 12" in said
-    assert (
-        "\nchecked: 1,797 images" if name.startswith("digits") else "\nnot checked, as"
-    ) in said
+    assert ("\nchecked: 1,797 images" if name.startswith("digits") else "\nnot checked, as") in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -612,7 +610,9 @@ def test_every_command_knows_what_the_network_predicts(command, tmp_path, predic
 def test_cifar10_is_compared_with_what_ships(command, tmp_path):
     """The data are not there; of classes of it nothing ships."""
     ddim.save_model("m.safetensors", unet_model("v", image_size=32, in_channels=3, num_classes=10))
-    command("generate m.safetensors --out many --num-images 4 --batch-size 4 --steps 1 --labels all")
+    command(
+        "generate m.safetensors --out many --num-images 4 --batch-size 4 --steps 1 --labels all"
+    )
     line = "evaluate many --data cifar10 --extractor resnet56 --blocks 2"
     said = command(line)
     assert "the data are not at hand: compared with the statistics that ship\nFD-ResNet56" in said

@@ -36,7 +36,15 @@ MODEL = UNetConfig(
     num_classes=10,
 )
 MESHES = [(4, 2, False)]
-SLOW = [(8, 1, False), (1, 8, False), (2, 1, False), (4, 1, False), (8, 1, True), (4, 2, True), (1, 8, True)]
+SLOW = [
+    (8, 1, False),
+    (1, 8, False),
+    (2, 1, False),
+    (4, 1, False),
+    (8, 1, True),
+    (4, 2, True),
+    (1, 8, True),
+]
 TRAIN = TrainConfig(batch_size=16, warmup_steps=5, learning_rate=1e-3, flip=True)
 
 

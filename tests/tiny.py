@@ -73,7 +73,7 @@ def make_batch(size, seed=0, shape=(4, 4, 1)):
 @functools.cache
 def shuffle_once():
     """Grain finds an index of a small data set among 65,536, in 0.7 ms; here, the first time."""
-    with contextlib.suppress(ImportError, AttributeError):  # of grain's own making, promised by none
+    with contextlib.suppress(ImportError, AttributeError):  # grain promises neither
         from grain._src.python.dataset.transformations import shuffle
 
         found = functools.cache(shuffle.index_shuffle.index_shuffle)
