@@ -86,8 +86,8 @@ class Model(NamedTuple):
             return params
         from ddim_jax.networks.unet import abstract_params, computed  # here, as flax is slow
 
-        ours = jax.tree.structure(params) == jax.tree.structure(abstract_params(self.config))
-        return computed(params, self.config) if ours else params
+        ours: Any = jax.tree.structure(abstract_params(self.config))
+        return computed(params, self.config) if ours == jax.tree.structure(params) else params
 
     def __repr__(self) -> str:
         shape = "" if self.config is None else "×".join(map(str, self.image_shape)) + ", "
